@@ -1,0 +1,1 @@
+"""Generative pseudo-labelling: the method. No Kafka, no wall clock, no global state."""

@@ -1,0 +1,209 @@
+"""Configuration: one TOML file, environment variables over it, checked once at start.
+
+``GPL_KAFKA__BOOTSTRAP_SERVERS=host:9092`` overrides ``[kafka] bootstrap_servers``. The file is ``gpl.toml`` in the
+working directory or the one that ``--config`` or ``GPL_CONFIG`` names. Durations are seconds: those of
+``labels`` and ``profiles`` are event time unless their name says ``wall``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class KafkaSettings(Section):
+    bootstrap_servers: str = "127.0.0.1:9092"
+    prefix: str = Field("gpl.", pattern=r"^[A-Za-z0-9._-]*$", description="put before every topic name")
+    group_prefix: str = Field("gpl-", description="put before every consumer group")
+    partitions: int = Field(6, ge=1, description="of all topics that are keyed by user")
+    replication_factor: int = Field(1, ge=1)
+    max_record_bytes: int = Field(
+        8 * 2**20, ge=1024, description="cap on one record, enforced at the producer and topic"
+    )
+    compression: Literal["none", "gzip", "lz4", "snappy", "zstd"] = "gzip"
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None
+    sasl_username: str | None = None
+    sasl_password: SecretStr | None = None
+    ssl_cafile: Path | None = None
+
+
+class IndexSettings(Section):
+    kind: Literal["edge", "server"] = Field("edge", description="embedded shard of this process, or a Qdrant server")
+    url: str = "http://127.0.0.1:6333"
+    api_key: SecretStr | None = None
+    collection: str = "gpl-items"
+    path: Path = Field(Path("runs/index"), description="directory of the embedded shard")
+
+
+class SpaceSettings(Section):
+    encoder: str = Field(
+        "all-MiniLM-L6-v2",
+        description='sentence-transformers name or path, or "precomputed" for vectors that come with the items',
+    )
+    cache: Path = Field(Path(".cache/embeddings"), description="raw embeddings by content hash")
+    batch_size: int = Field(64, ge=1)
+
+
+class CodesSettings(Section):
+    levels: int = Field(3, ge=1, le=8)
+    codebook_size: int | None = Field(None, ge=2, le=4096, description="None: chosen from the catalogue's size")
+
+
+class GeneratorSettings(Section):
+    kind: Literal["small-lm", "history"] = "small-lm"
+    beams: int = Field(10, ge=1, le=200, description="anchors a user, K")
+    history: int = Field(50, ge=1, description="most recent positives read by the generator")
+    epochs: int = Field(6, ge=1)
+    downsample_threshold: float = Field(
+        1e-3, gt=0, description="t in min(1, sqrt(t / f)): keep probability of an item with frequency f"
+    )
+
+
+class ProfileSettings(Section):
+    min_positives: int = Field(3, ge=1)
+    max_positives: int = Field(100, ge=1, description="kept per user, newest first to stay")
+    max_age_seconds: float = Field(7 * 86400, gt=0)
+    min_interval_seconds: float = Field(1800, ge=0)
+    drift_delta: float = Field(0.05, ge=0, description="Page-Hinkley tolerance, in units of the anchor miss")
+    drift_threshold: float = Field(0.5, gt=0, description="Page-Hinkley alarm level")
+    allowed_lateness_seconds: float = Field(60, ge=0)
+    idle_timeout_wall_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="at its end and quiet this long, a partition's clicks are applied; None: the lateness",
+    )
+
+
+class AnchorSettings(Section):
+    batch_size: int = Field(64, ge=1)
+    batch_wait_wall_seconds: float = Field(0.05, ge=0)
+
+
+class LabelSettings(Section):
+    window_seconds: float = Field(1800, gt=0, description="feedback counts up to this long after the recall")
+    allowed_lateness_seconds: float = Field(60, ge=0)
+    idle_timeout_wall_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="at its end and quiet this long, a partition counts as over; None: window + lateness",
+    )
+    retention_seconds: float = Field(600, ge=0, description="closed requests stay correctable for this long")
+    matching: Literal["max", "kernel"] = "max"
+    kernel_tau: float = Field(0.1, gt=0)
+    dispersion: bool = True
+    history: bool = True
+    generation: bool = True
+    max_ahead_seconds: float = Field(
+        86400, ge=0, description="an event further ahead of its Kafka timestamp is refused"
+    )
+
+
+class TrainerSettings(Section):
+    checkpoints: Path = Path("runs/checkpoints")
+    models: Path = Path("runs/models")
+    model_name: str = "preranker"
+    batch_records: int = Field(32, ge=1, description="label records a step")
+    dim: int = Field(64, ge=1)
+    learning_rate: float = Field(3e-3, gt=0)
+    weight_decay: float = Field(1e-5, ge=0)
+    pseudo_weight: float = Field(
+        1.0, ge=0, description="lambda, the weight of the pseudo-label loss; 0 is exposed only"
+    )
+    loss: Literal["listwise", "pointwise"] = "listwise"
+    shadow: bool = Field(
+        False, description="train an exposed-only twin beside it, to see the gain of pseudo-labels live"
+    )
+    checkpoint_every_wall_seconds: float = Field(30, gt=0)
+    publish_every_wall_seconds: float = Field(30, gt=0)
+    keep_checkpoints: int = Field(3, ge=1)
+    window_records: int = Field(2000, ge=1, description="sliding window of the progressive metrics")
+    dedup_requests: int = Field(50_000, ge=1, description="requests remembered, so that no label is trained twice")
+    publish_min_records: int = Field(100, ge=1, description="evaluated label records below which nothing is published")
+    publish_max_regression: float = Field(
+        0.1, ge=0, description="nats by which progressive log loss may be worse than the last published model's"
+    )
+    keep_models: int = Field(20, ge=2, description="published versions left on disk")
+    seed: int = 0
+
+
+class ServeSettings(Section):
+    host: str = "127.0.0.1"
+    port: int = Field(8080, ge=0, le=65535)
+    max_candidates: int = Field(10_000, ge=1)
+
+
+class MetricsSettings(Section):
+    host: str = "127.0.0.1"
+    port: int = Field(9464, ge=0, le=65535, description="of /metrics and /health; 0 takes a free one")
+
+
+class Settings(BaseSettings):
+    """Everything that can be set. Unknown keys are errors that name the key."""
+
+    model_config = SettingsConfigDict(env_prefix="GPL_", env_nested_delimiter="__", extra="forbid", frozen=True)
+
+    artefacts: Path = Field(Path("runs/artefacts"), description="what `gpl fit` wrote: space, quantiser, generator")
+    kafka: KafkaSettings = KafkaSettings()
+    index: IndexSettings = IndexSettings()
+    space: SpaceSettings = SpaceSettings()
+    codes: CodesSettings = CodesSettings()
+    generator: GeneratorSettings = GeneratorSettings()
+    profiles: ProfileSettings = ProfileSettings()
+    anchors: AnchorSettings = AnchorSettings()
+    labels: LabelSettings = LabelSettings()
+    trainer: TrainerSettings = TrainerSettings()
+    serve: ServeSettings = ServeSettings()
+    metrics: MetricsSettings = MetricsSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_config_key(cls, values: Any) -> Any:
+        # GPL_CONFIG names the file; it is not a setting itself.
+        if isinstance(values, dict):
+            values.pop("config", None)
+        return values
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        path = Path(os.environ.get("GPL_CONFIG", "gpl.toml"))
+        return (init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=path))
+
+    def fingerprint(self) -> str:
+        """Hash of the settings that change what a label says (not of when or where it is made)."""
+        labels = self.labels.model_dump(
+            exclude={"idle_timeout_wall_seconds", "allowed_lateness_seconds", "retention_seconds"}
+        )
+        canonical = msgspec.json.encode(labels, order="sorted")
+        return hashlib.sha256(canonical).hexdigest()[:12]
+
+
+def load(path: Path | None = None) -> Settings:
+    """Settings in force. Raises FileNotFoundError for a named file that is missing, pydantic.ValidationError else."""
+    if path is not None:
+        if not path.is_file():
+            raise FileNotFoundError(f"configuration file {path} does not exist")
+        os.environ["GPL_CONFIG"] = str(path)
+    return Settings()
