@@ -1,0 +1,210 @@
+"""What every Faust role shares: the app, publishing that is durable before anything is acknowledged, ordered acks.
+
+Faust commits past a message in flight when messages are acknowledged out of order (its ``_new_offset`` takes an
+acknowledged offset right after the committed one for contiguous, and any offset when nothing was committed yet).
+So agents run ``noack`` and every partition's offsets go through ``OrderedAcks``, which only ever acknowledges the
+next one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import faust
+import msgspec
+import structlog
+
+from streams import dead_letters, metrics
+from streams.kafka import RecordTooLargeError, check_size
+from streams.settings import KafkaSettings
+from streams.topics import full_name
+
+log = structlog.get_logger()
+
+
+def make_app(kafka: KafkaSettings, role: str) -> Any:
+    """The Faust app of one role, in its own consumer group. Raw bytes in and out; topics are made elsewhere."""
+    options: dict[str, Any] = {}
+    if kafka.security_protocol != "PLAINTEXT":
+        options["broker_credentials"] = _credentials(kafka)
+    app = faust.App(
+        f"{kafka.group_prefix}{role}",
+        broker=";".join(f"kafka://{server}" for server in kafka.bootstrap_servers.split(",")),
+        topic_partitions=kafka.partitions,
+        topic_replication_factor=kafka.replication_factor,
+        topic_allow_declare=False,
+        topic_disable_leader=True,
+        key_serializer="raw",
+        value_serializer="raw",
+        store="memory://",
+        web_enabled=False,
+        broker_commit_interval=0.5,
+        # Requests stay unacknowledged for their whole window on purpose; that is no livelock.
+        broker_commit_livelock_soft_timeout=7 * 86400.0,
+        consumer_auto_offset_reset="earliest",
+        consumer_max_fetch_size=max(2**20, kafka.max_record_bytes + 65_536),
+        producer_max_request_size=kafka.max_record_bytes + 65_536,
+        producer_compression_type=None if kafka.compression == "none" else kafka.compression,
+        producer_acks=-1,
+        producer_linger=0.005,
+        stream_recovery_delay=0.0,
+        **options,
+    )
+    # An app that is started in a running loop is never "finalised" by a command line.
+    app.finalize()
+    return app
+
+
+def _credentials(kafka: KafkaSettings) -> Any:
+    import ssl
+
+    from faust.auth import SASLCredentials, SSLCredentials
+
+    context = ssl.create_default_context(cafile=str(kafka.ssl_cafile) if kafka.ssl_cafile else None)
+    tls = kafka.security_protocol.endswith("SSL")
+    if kafka.security_protocol == "SSL":
+        return SSLCredentials(context=context)
+    return SASLCredentials(
+        username=kafka.sasl_username,
+        password=kafka.sasl_password.get_secret_value() if kafka.sasl_password else None,
+        mechanism=kafka.sasl_mechanism,
+        ssl_context=context if tls else None,
+    )
+
+
+def raw_topic(app: Any, kafka: KafkaSettings, *names: str) -> Any:
+    """A Faust topic over one or more of our topics, delivering bytes."""
+    return app.topic(
+        *(full_name(kafka, name) for name in names),
+        key_type=bytes,
+        value_type=bytes,
+        key_serializer="raw",
+        value_serializer="raw",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Original:
+    """The parts of a message that its dead letter needs."""
+
+    topic: str
+    partition: int
+    offset: int
+    key: bytes | None
+    value: bytes | None
+
+    @classmethod
+    def of(cls, message: Any) -> Original:
+        return cls(message.topic, message.partition, message.offset, message.key, message.value)
+
+
+class OrderedAcks:
+    """The unacknowledged messages of one partition; acknowledges the done prefix, in offset order."""
+
+    def __init__(self) -> None:
+        self._events: deque[tuple[int, Any]] = deque()
+        self._done: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._events)
+
+    def add(self, event: Any) -> bool:
+        """Take charge of an event. False when its offset is at or below one already taken (redelivered)."""
+        offset = event.message.offset
+        if self._events and offset <= self._events[-1][0]:
+            return False
+        self._events.append((offset, event))
+        return True
+
+    def done(self, offset: int) -> None:
+        """Everything that the message at ``offset`` asked for is durable."""
+        self._done.add(offset)
+        while self._events and self._events[0][0] in self._done:
+            first, event = self._events.popleft()
+            self._done.discard(first)
+            event.ack()
+
+    def revoke(self) -> None:
+        """The partition is gone: what is left is for its next owner to read again."""
+        self._events.clear()
+
+
+class Publisher:
+    """Sends records and tells when they are acknowledged by all in-sync replicas.
+
+    A send that fails for good stops the process through ``on_failure``: nothing after it is acknowledged, so a
+    restart repeats the work and nothing is lost.
+    """
+
+    def __init__(self, app: Any, kafka: KafkaSettings, on_failure: Callable[[BaseException], None]) -> None:
+        self._app = app
+        self._kafka = kafka
+        self._on_failure = on_failure
+        self._topics: dict[str, Any] = {}
+        self._pending: set[Any] = set()
+
+    @property
+    def pending(self) -> int:
+        """Records sent and not yet acknowledged."""
+        return len(self._pending)
+
+    async def send(
+        self,
+        topic: str,
+        key: bytes | None,
+        value: bytes | None,
+        headers: list[tuple[str, bytes]] | None = None,
+        then: Callable[[], None] | None = None,
+        partition: int | None = None,
+    ) -> None:
+        """Send; call ``then`` once acknowledged. Raises RecordTooLargeError at once for a record over the cap.
+
+        ``partition``: records of a user stay in the partition their input came from, whatever hashed it there.
+        """
+        name = full_name(self._kafka, topic)
+        check_size(self._kafka, name, key, value)
+        channel = self._topics.get(topic)
+        if channel is None:
+            channel = self._topics[topic] = raw_topic(self._app, self._kafka, topic)
+        future = await channel.send(key=key, value=value, headers=headers or [], partition=partition)
+        self._pending.add(future)
+
+        def acknowledged(result: asyncio.Future[Any]) -> None:
+            self._pending.discard(result)
+            if result.cancelled():
+                return
+            error = result.exception()
+            if error is not None:
+                self._on_failure(error)
+            elif then is not None:
+                then()
+
+        future.add_done_callback(acknowledged)
+
+    async def deliver(self, topic: str, key: bytes, value: bytes, partition: int) -> None:
+        """Send and wait until it is acknowledged."""
+        done = asyncio.Event()
+        await self.send(topic, key, value, then=done.set, partition=partition)
+        await done.wait()
+
+    async def dead_letter(self, message: Any, error: Exception, then: Callable[[], None]) -> None:
+        """Write the message's original bytes to the dead letters, then acknowledge it through ``then``."""
+        reason = dead_letters.reason_of(error)
+        metrics.DEAD_LETTERS.labels(message.topic, reason).inc()
+        log.warning(
+            "dead letter",
+            topic=message.topic,
+            partition=message.partition,
+            offset=message.offset,
+            error=str(error),
+        )
+        headers = dead_letters.headers(message.topic, message.partition, message.offset, error)
+        await self.send(dead_letters.TOPIC, message.key, message.value, headers, then)
+
+
+REFUSALS = (msgspec.DecodeError, dead_letters.Refused, RecordTooLargeError, UnicodeDecodeError)
+"""Errors that mean: this record, not this process. Everything else is a bug and stops the process."""

@@ -1,0 +1,63 @@
+"""kafka-python clients made from the settings: one place for security, sizes and acknowledgement."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kafka import KafkaConsumer, KafkaProducer
+
+from streams.settings import KafkaSettings
+
+
+class RecordTooLargeError(ValueError):
+    """A record over ``kafka.max_record_bytes``: refused here, never truncated."""
+
+
+def client_options(kafka: KafkaSettings) -> dict[str, Any]:
+    """Connection options that every kafka-python client takes."""
+    options: dict[str, Any] = {
+        "bootstrap_servers": kafka.bootstrap_servers.split(","),
+        "security_protocol": kafka.security_protocol,
+    }
+    if kafka.sasl_mechanism is not None:
+        options["sasl_mechanism"] = kafka.sasl_mechanism
+        options["sasl_plain_username"] = kafka.sasl_username
+        if kafka.sasl_password is not None:
+            options["sasl_plain_password"] = kafka.sasl_password.get_secret_value()
+    if kafka.ssl_cafile is not None:
+        options["ssl_cafile"] = str(kafka.ssl_cafile)
+    return options
+
+
+def check_size(kafka: KafkaSettings, topic: str, key: bytes | None, value: bytes | None) -> None:
+    """Raise RecordTooLargeError when a record is over the cap (before compression)."""
+    size = len(key or b"") + len(value or b"")
+    if size > kafka.max_record_bytes:
+        raise RecordTooLargeError(
+            f"{topic}: record under key {key!r} has {size} bytes, kafka.max_record_bytes is {kafka.max_record_bytes}"
+        )
+
+
+def producer(kafka: KafkaSettings, **overrides: Any) -> KafkaProducer:
+    """A producer that waits for all in-sync replicas and keeps order on retries."""
+    options: dict[str, Any] = {
+        **client_options(kafka),
+        "acks": "all",
+        "enable_idempotence": True,
+        "linger_ms": 5,
+        "compression_type": None if kafka.compression == "none" else kafka.compression,
+        "max_request_size": kafka.max_record_bytes + 65_536,
+    }
+    return KafkaProducer(**{**options, **overrides})
+
+
+def consumer(kafka: KafkaSettings, **overrides: Any) -> KafkaConsumer:
+    """A consumer without a group that commits nothing: positions belong to the caller."""
+    options: dict[str, Any] = {
+        **client_options(kafka),
+        "enable_auto_commit": False,
+        "auto_offset_reset": "earliest",
+        # A single record may be as large as the cap.
+        "max_partition_fetch_bytes": max(2**20, kafka.max_record_bytes + 65_536),
+    }
+    return KafkaConsumer(**{**options, **overrides})

@@ -1,0 +1,150 @@
+"""Every Prometheus metric of the system, declared once, and the small HTTP server that each process answers on.
+
+Base units, ``gpl_`` prefix, no user or item ids as labels. Liveness (``/health``) is progress: a loop that has not
+beaten for ``stalled_after`` seconds makes the process unhealthy. Readiness (``/ready``): recovery and warm-up are done.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterable
+from socketserver import ThreadingMixIn
+from typing import TYPE_CHECKING
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from prometheus_client import Counter, Gauge, Histogram, make_wsgi_app
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIEnvironment
+
+_DELAYS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+
+# Every consumer.
+EVENTS = Counter("gpl_events_total", "Records read and processed", ["topic"])
+DEAD_LETTERS = Counter("gpl_dead_letters_total", "Records written to the dead letters", ["topic", "reason"])
+HEARTBEAT = Gauge("gpl_heartbeat_timestamp_seconds", "When a processing loop last made progress", ["loop"])
+CONSUMER_LAG = Gauge("gpl_consumer_lag", "Records behind the end of a partition", ["topic", "partition"])
+
+# Profiles and anchors.
+ANCHOR_REQUESTS = Counter("gpl_anchor_requests_total", "Anchor refreshes asked for", ["reason"])
+ANCHORS_REFRESHED = Counter("gpl_anchors_refreshed_total", "Anchor refreshes published", ["reason"])
+ANCHOR_SECONDS = Histogram("gpl_anchor_generation_seconds", "Generating one batch of anchors", buckets=_DELAYS)
+LATE_POSITIVES = Counter("gpl_late_positives_total", "Clicks behind the profile's cursor, not applied")
+
+# Labels.
+CATALOGUE_ITEMS = Gauge("gpl_catalogue_items", "Items with a vector in this process")
+OPEN_REQUESTS = Gauge("gpl_open_requests", "Requests whose window is not over")
+REQUESTS_CLOSED = Counter("gpl_requests_closed_total", "Requests labelled, first revisions", ["outcome"])
+LABELS = Counter("gpl_labels_total", "Labels published, first revisions and corrections", ["kind"])
+LABEL_DELAY = Histogram(
+    "gpl_label_delay_seconds",
+    "From the Kafka time of the record that closed a request to its label's acknowledgement",
+    buckets=_DELAYS,
+)
+CORRECTIONS = Counter("gpl_corrections_total", "Label revisions above 0", ["cause"])
+LATE_FEEDBACK = Counter("gpl_late_feedback_total", "Feedback that arrived after its request had closed")
+ORPHAN_FEEDBACK = Counter("gpl_orphan_feedback_total", "Feedback that joined no request")
+DUPLICATES = Counter("gpl_duplicate_records_total", "Redelivered or repeated records, dropped", ["topic"])
+UNKNOWN_CANDIDATES = Counter("gpl_unknown_candidates_total", "Candidates without a vector, left out")
+
+# Trainer.
+TRAINER_STEPS = Counter("gpl_trainer_steps_total", "Optimizer steps")
+TRAINER_RECORDS = Counter("gpl_trainer_records_total", "Label records trained on")
+TRAINER_SKIPPED = Counter("gpl_trainer_skipped_total", "Labels not trained on: items without a vector", ["reason"])
+PROGRESSIVE = Gauge("gpl_progressive", "Progressive validation over the sliding window", ["metric", "model"])
+CHECKPOINT_TIME = Gauge("gpl_checkpoint_timestamp_seconds", "When the last checkpoint was written")
+MODELS_PUBLISHED = Counter("gpl_models_published_total", "Models published")
+PUBLICATIONS_REFUSED = Counter("gpl_publications_refused_total", "Models that the gate refused", ["reason"])
+MODEL_AGE = Gauge("gpl_model_age_seconds", "Age, at publication, of the newest event in the published model")
+
+# Scorer.
+SCORE_SECONDS = Histogram(
+    "gpl_score_seconds", "One score call", buckets=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
+)
+SCORE_REQUESTS = Counter("gpl_score_requests_total", "Score requests over HTTP", ["status"])
+MODEL_RELOADS = Counter("gpl_model_reloads_total", "Models taken into service")
+MODELS_REFUSED = Counter("gpl_models_refused_total", "Announced models that the scorer could not take into service")
+
+
+class Health:
+    """What ``/health`` and ``/ready`` answer from. Thread-safe."""
+
+    def __init__(self, stalled_after: float = 60.0, clock: Callable[[], float] = time.time) -> None:
+        self._stalled_after = stalled_after
+        self._clock = clock
+        self._beats: dict[str, float] = {}
+        self._waiting: set[str] = set()
+        self._lock = threading.Lock()
+
+    def beat(self, loop: str) -> None:
+        """The named loop made a full round."""
+        now = self._clock()
+        with self._lock:
+            self._beats[loop] = now
+        HEARTBEAT.labels(loop).set(now)
+
+    def wait_for(self, part: str) -> None:
+        """The named part is warming up: not ready until ``done(part)``."""
+        with self._lock:
+            self._waiting.add(part)
+
+    def done(self, part: str) -> None:
+        with self._lock:
+            self._waiting.discard(part)
+
+    def stalled(self) -> list[str]:
+        """Loops that have not beaten for ``stalled_after`` seconds."""
+        now = self._clock()
+        with self._lock:
+            return sorted(loop for loop, beat in self._beats.items() if now - beat > self._stalled_after)
+
+    def waiting(self) -> list[str]:
+        """Parts that are still warming up."""
+        with self._lock:
+            return sorted(self._waiting)
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _QuietHandler(WSGIRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def serve(host: str, port: int, health: Health) -> tuple[int, Callable[[], None]]:
+    """Answer /metrics, /health and /ready in a daemon thread.
+
+    Returns the port in use and a function that stops the server. Raises OSError when the port is taken.
+    """
+    metrics_app = make_wsgi_app()
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        path = environ.get("PATH_INFO", "/")
+        if path == "/metrics":
+            result: Iterable[bytes] = metrics_app(environ, start_response)
+            return result
+        if path == "/health":
+            problem: dict[str, list[str]] = {"stalled": health.stalled()}
+        elif path == "/ready":
+            problem = {"waiting": health.waiting()}
+        else:
+            start_response("404 Not Found", [("Content-Type", "text/plain")])
+            return [b"/metrics, /health or /ready\n"]
+        ok = not any(problem.values())
+        status = "200 OK" if ok else "503 Service Unavailable"
+        start_response(status, [("Content-Type", "application/json")])
+        return [json.dumps({"ok": ok, **problem}).encode()]
+
+    server = make_server(host, port, app, server_class=_Server, handler_class=_QuietHandler)
+    thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
+    thread.start()
+
+    def stop() -> None:
+        server.shutdown()
+        server.server_close()
+
+    return server.server_port, stop

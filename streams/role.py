@@ -1,0 +1,204 @@
+"""What the Faust roles have in common: partitions that come and go, raw records in, a tick, liveness by progress.
+
+A role subclasses ``Role`` with its own ``PartitionState``. State is dropped at every rebalance and rebuilt from the
+log, since Faust then reads every partition, kept ones too, from its committed offset.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, Generic, TypeVar
+
+from faust.types import TP
+
+from streams import metrics
+from streams.dead_letters import Refused
+from streams.faust_app import REFUSALS, OrderedAcks, Publisher, make_app, raw_topic
+from streams.settings import Settings
+from streams.topics import full_name
+
+STALLED = 60.0
+"""Seconds without an arrival, while records wait, after which a role counts as stuck."""
+TICK = 0.1
+"""Seconds between looks at idle partitions and finished warm-ups."""
+
+
+class PartitionState:
+    """What is known of one partition number of the role's source topics."""
+
+    def __init__(self, sources: Iterable[str], now: float) -> None:
+        names = list(sources)
+        self.acks = {source: OrderedAcks() for source in names}
+        self.next_offset: dict[str, int] = {}
+        self.last_arrival: dict[str, float] = dict.fromkeys(names, now)
+        # One coroutine at a time works on a partition.
+        self.lock = asyncio.Lock()
+
+    def revoke(self) -> None:
+        """Another worker, or another generation of this one, owns the partition now."""
+        for acks in self.acks.values():
+            acks.revoke()
+
+
+P = TypeVar("P", bound=PartitionState)
+
+
+class Role(Generic[P]):
+    """A consumer group over one or more co-partitioned topics. ``on_failure`` stops the process."""
+
+    def __init__(
+        self,
+        name: str,
+        sources: tuple[str, ...],
+        settings: Settings,
+        health: metrics.Health,
+        on_failure: Callable[[BaseException], None],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.name = name
+        self.settings = settings
+        self.health = health
+        self.clock = clock
+        self.app = make_app(settings.kafka, name)
+        self.publisher = Publisher(self.app, settings.kafka, on_failure)
+        self.partitions: dict[int, P] = {}
+        self._on_failure = on_failure
+        self._sources = {full_name(settings.kafka, source): source for source in sources}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stopped = False
+        self.app.agent(raw_topic(self.app, settings.kafka, *sources), name=name)(self._agent)
+        self.app.on_partitions_revoked.connect(self._revoked, weak=False)
+        self.app.on_partitions_assigned.connect(self._assigned, weak=False)
+
+    # --- what a role defines ------------------------------------------------------------------------------------
+
+    def new_partition(self, now: float) -> P:
+        """Fresh state for a partition that was just assigned."""
+        raise NotImplementedError
+
+    def assigned(self, numbers: list[int]) -> None:
+        """The role now owns these partitions; their state is fresh."""
+
+    def ready(self) -> bool:
+        """Whether what the role needs from elsewhere is loaded."""
+        raise NotImplementedError
+
+    async def take(self, number: int, partition: P, source: str, message: Any) -> None:
+        """One record. Raises one of ``REFUSALS`` for a record that belongs in the dead letters."""
+        raise NotImplementedError
+
+    async def advance(self, number: int, partition: P, now: float, idle: set[str]) -> None:
+        """Time has passed. ``idle``: sources at their end, and since when quiet is in ``partition.last_arrival``."""
+        raise NotImplementedError
+
+    def check_time(self, ts: int, message: Any) -> None:
+        """Refuse an event from the future: one such event would move the watermark past everything."""
+        ahead, allowed = ts / 1000 - message.timestamp, self.settings.labels.max_ahead_seconds
+        if ahead > allowed:
+            raise Refused(
+                "future", f"ts: {ts} is {ahead:.0f} s ahead of its Kafka timestamp, {allowed:.0f} s are allowed"
+            )
+
+    # --- life ---------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Join the group and begin to work."""
+        self.health.wait_for(self.name)
+        await self.app.start()
+        self.spawn(self._tick_forever())
+
+    async def stop(self) -> None:
+        """Leave the group. What is unacknowledged is read again by the next owner."""
+        self._stopped = True
+        for partition in self.partitions.values():
+            async with partition.lock:
+                partition.revoke()
+        await self.app.stop()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run a coroutine beside the role; its failure is the process's failure."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+
+        def finished(done: asyncio.Task[None]) -> None:
+            self._tasks.discard(done)
+            if not self._stopped and not done.cancelled() and (error := done.exception()) is not None:
+                self._on_failure(error)
+
+        task.add_done_callback(finished)
+        return task
+
+    def _revoked(self, *_: Any, **__: Any) -> None:
+        for partition in self.partitions.values():
+            partition.revoke()
+        self.partitions = {}
+
+    def _assigned(self, _app: Any, assigned: Iterable[Any], **__: Any) -> None:
+        self._revoked()
+        now = self.clock()
+        numbers = sorted({tp.partition for tp in assigned if tp.topic in self._sources})
+        self.partitions = {number: self.new_partition(now) for number in numbers}
+        self.assigned(numbers)
+
+    async def _agent(self, stream: Any) -> None:
+        async for event in stream.noack().events():
+            try:
+                await self._on_event(event)
+            except Exception as error:
+                self._on_failure(error)
+                raise
+
+    async def _on_event(self, event: Any) -> None:
+        message = event.message
+        partition = self.partitions.get(message.partition)
+        source = self._sources[message.topic]
+        if partition is None or not partition.acks[source].add(event):
+            return
+        partition.next_offset[source] = message.offset + 1
+        partition.last_arrival[source] = self.clock()
+        try:
+            await self.take(message.partition, partition, source, message)
+            metrics.EVENTS.labels(source).inc()
+        except REFUSALS as error:
+            acks, offset = partition.acks[source], message.offset
+            await self.publisher.dead_letter(message, error, lambda: acks.done(offset))
+        # Events wait for their window unacknowledged; their bytes need not.
+        message.value = event.value = None
+
+    async def _tick_forever(self) -> None:
+        while not self._stopped:
+            await asyncio.sleep(TICK)
+            await self._tick()
+
+    async def _tick(self) -> None:
+        if self.ready():
+            self.health.done(self.name)
+        now = self.clock()
+        stuck = False
+        for number, partition in list(self.partitions.items()):
+            idle = set()
+            for topic, source in self._sources.items():
+                behind = await self._behind(topic, number, partition.next_offset.get(source))
+                if behind is None:
+                    continue
+                metrics.CONSUMER_LAG.labels(topic, str(number)).set(behind)
+                stuck = stuck or (behind > 0 and now - partition.last_arrival[source] > STALLED)
+                if behind == 0:
+                    idle.add(source)
+            await self.advance(number, partition, now, idle)
+        if not stuck:
+            self.health.beat(self.name)
+
+    async def _behind(self, topic: str, number: int, next_offset: int | None) -> int | None:
+        """Records between what was processed and the end of the partition; None while that is not known."""
+        tp = TP(topic, number)
+        consumer = self.app.consumer
+        highwater = consumer.highwater(tp) if tp in consumer.assignment() else None
+        if highwater is None:
+            return None
+        if next_offset is None:
+            next_offset = await consumer.position(tp)
+        return None if next_offset is None else max(0, highwater - next_offset)
