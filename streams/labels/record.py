@@ -1,0 +1,141 @@
+"""From a joined request to its label record. Pure: what replay and explain run is this."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from gpl.labels import labeller
+from gpl.labels.calibration import NoCalibration, Platt
+from streams import contracts
+from streams.labels.joiner import Joined
+from streams.views import vectors_from
+
+Lookup = Callable[[list[str]], tuple[list[str], NDArray[np.float32]]]
+"""ids -> the known among them, in order, and their vectors (n, dim)."""
+
+DIGITS = 6
+"""Scores, labels and confidences are recorded to this many decimals."""
+
+
+@dataclass(frozen=True)
+class AnchorSet:
+    """A user's anchors as a record gave them; ``prepared`` is None for a record without anchors."""
+
+    ts: int
+    version: int
+    generator: str
+    prepared: labeller.PreparedAnchors | None
+
+
+@dataclass(frozen=True)
+class Versions:
+    """What this process labels with."""
+
+    encoder: str
+    quantiser: str
+    config: str
+
+
+def anchor_set(record: contracts.UserAnchors, dim: int, levels: int, config: labeller.Config) -> AnchorSet:
+    """Prepare an anchors record for matching. Raises ValueError when its columns do not fit each other."""
+    prepared = None
+    if record.sid:
+        prepared = labeller.PreparedAnchors.build(
+            vectors_from(record.vectors, dim),
+            np.asarray(record.logprob, dtype=np.float32),
+            np.asarray(record.history_factor, dtype=np.float32),
+            levels,
+            config,
+        )
+    return AnchorSet(record.ts, record.version, record.generator, prepared)
+
+
+def make_label(
+    joined: Joined,
+    partition: int,
+    anchors: AnchorSet | None,
+    calibration: contracts.Calibration | None,
+    lookup: Lookup,
+    versions: Versions,
+) -> contracts.Label:
+    """The label of a request, as revision 0.
+
+    Every candidate that was not exposed and that the catalogue knows is labelled once, in the order of recall;
+    without anchors none is. Exposed items carry their raw score, null where there is none.
+    """
+    recall = joined.recall
+    candidates = dict.fromkeys(recall.candidates)
+    exposed = list(joined.exposed)
+    known, vectors = lookup([*exposed, *(item for item in candidates if item not in joined.exposed)])
+    first_unexposed = next((i for i, item in enumerate(known) if item not in joined.exposed), len(known))
+    exposed_score: dict[str, float] = {}
+    unexposed = contracts.Unexposed([], [], [], [])
+    matched = anchors is not None and anchors.prepared is not None
+    if anchors is not None and anchors.prepared is not None and known:
+        result = labeller.label(anchors.prepared, calibration_of(calibration), vectors)
+        score = _rounded(result.score)
+        exposed_score = dict(zip(known[:first_unexposed], score[:first_unexposed], strict=True))
+        unexposed = contracts.Unexposed(
+            item=known[first_unexposed:],
+            score=score[first_unexposed:],
+            label=_rounded(result.label[first_unexposed:]),
+            confidence=_rounded(result.confidence[first_unexposed:]),
+        )
+    return contracts.Label(
+        request_id=recall.request_id,
+        revision=0,
+        user_id=recall.user_id,
+        ts=recall.ts,
+        outcome="labelled" if matched else "no_anchors",
+        exposed=contracts.Exposed(
+            item=exposed,
+            clicked=[int(clicked) for clicked in joined.exposed.values()],
+            score=[exposed_score.get(item) for item in exposed],
+        ),
+        unexposed=unexposed,
+        provenance=contracts.Provenance(
+            recall=(partition, joined.recall_offset),
+            feedback=joined.feedback_offsets,
+            candidates=len(candidates),
+            unknown=len(candidates.keys() | joined.exposed.keys()) - len(known),
+            anchors_ts=anchors.ts if matched and anchors else None,
+            anchors_version=anchors.version if matched and anchors else None,
+            encoder=versions.encoder,
+            quantiser=versions.quantiser,
+            generator=anchors.generator if matched and anchors else None,
+            calibration=(calibration.version if calibration else "none") if matched else None,
+            config=versions.config,
+            correction=None,
+        ),
+    )
+
+
+def calibration_of(record: contracts.Calibration | None) -> Platt | NoCalibration:
+    """The library's calibration for a record; the linear map when none is in force."""
+    if record is None or record.kind == "none":
+        return NoCalibration()
+    return Platt(record.slope, record.intercept, record.fitted_on)
+
+
+def digest(label: contracts.Label) -> bytes:
+    """Hash of what a label says: equal for equal content, whatever its revision."""
+    return hashlib.blake2b(contracts.encode(label), digest_size=16).hexdigest().encode()
+
+
+def corrected(label: contracts.Label, revision: int, cause: contracts.Cause) -> contracts.Label:
+    """The same label as a higher revision."""
+    provenance = msgspec.structs.replace(label.provenance, correction=cause)
+    return msgspec.structs.replace(label, revision=revision, provenance=provenance)
+
+
+def _rounded(values: NDArray[Any]) -> list[float]:
+    # Through float64, or the shortest decimal form of a float32 would carry its binary tail.
+    rounded: list[float] = np.round(values.astype(np.float64), DIGITS).tolist()
+    return rounded

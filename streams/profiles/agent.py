@@ -1,0 +1,211 @@
+"""The profiles role: clicks in event-time order -> profile state and anchor requests.
+
+State is the compacted topic ``profiles``, read back at every assignment. A click is acknowledged once its user's
+state is durable, and the state is written only after the request that it says is pending: a crash in between repeats
+the same request, which has the same answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from streams import metrics
+from streams.contracts import AnchorRequest, Feedback, UserAnchors, decode, encode
+from streams.log_view import LogView
+from streams.profiles.state import (
+    AnchorsInForce,
+    Positive,
+    Profile,
+    VectorOf,
+    advance,
+    answered,
+    apply_positive,
+)
+from streams.role import PartitionState, Role
+from streams.settings import Settings
+from streams.views import vectors_from
+from streams.watermark import Watermark
+
+SOURCE = "feedback"
+
+
+@dataclass(order=True)
+class Waiting:
+    """A click that the watermark has not passed yet, in the order of application."""
+
+    ts: int
+    event_id: str
+    offset: int
+    feedback: Feedback = field(compare=False)
+
+
+class Partition(PartitionState):
+    """Clicks in waiting and the profiles of one partition."""
+
+    def __init__(self, settings: Settings, now: float) -> None:
+        super().__init__((SOURCE,), now)
+        self.watermark = Watermark((SOURCE,), int(settings.profiles.allowed_lateness_seconds * 1000))
+        self.waiting: list[Waiting] = []
+        self.profiles: dict[str, Profile] = {}
+        self.anchors: dict[str, AnchorsInForce] = {}
+        # Users whose anchors came since the last round.
+        self.answered: set[str] = set()
+
+
+class ProfilesRole(Role[Partition]):
+    """One worker of the profiles role.
+
+    ``versions``: generator, quantiser, encoder in force; ``vector_of``: an item's unit vector, None when unknown.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        versions: tuple[str, str, str],
+        dim: int,
+        vector_of: VectorOf,
+        catalogue_ready: Callable[[], bool],
+        health: metrics.Health,
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        super().__init__("profiles", (SOURCE,), settings, health, on_failure)
+        self._versions = versions
+        self._dim = dim
+        self._vector_of = vector_of
+        self._catalogue_ready = catalogue_ready
+        profiles = settings.profiles
+        self._idle_timeout = profiles.idle_timeout_wall_seconds or max(1.0, profiles.allowed_lateness_seconds)
+        self._state_log: LogView | None = None
+
+    def new_partition(self, now: float) -> Partition:
+        return Partition(self.settings, now)
+
+    def assigned(self, numbers: list[int]) -> None:
+        if self._state_log is not None:
+            self._state_log.stop()
+            self._state_log = None
+        self.spawn(self._follow_state(self.partitions, numbers))
+
+    async def stop(self) -> None:
+        if self._state_log is not None:
+            self._state_log.stop()
+        await super().stop()
+
+    def ready(self) -> bool:
+        return self._catalogue_ready() and self._state_log is not None and self._state_log.ready
+
+    async def _follow_state(self, partitions: dict[int, Partition], numbers: list[int]) -> None:
+        def profile_read(record: Any) -> None:
+            # Once warm, what comes is what this worker wrote itself.
+            if not log.ready and record.value is not None:
+                profile = decode(Profile, record.value)
+                partitions[record.partition].profiles[profile.user_id] = profile
+
+        def anchors_read(record: Any) -> None:
+            if record.value is None:
+                return
+            anchors = decode(UserAnchors, record.value)
+            partition = partitions[record.partition]
+            known = partition.anchors.get(anchors.user_id)
+            if known is None or anchors.version >= known.version:
+                partition.anchors[anchors.user_id] = AnchorsInForce(
+                    version=anchors.version,
+                    ts=anchors.ts,
+                    versions=(anchors.generator, anchors.quantiser, anchors.encoder),
+                    vectors=vectors_from(anchors.vectors, self._dim),
+                )
+                partition.answered.add(anchors.user_id)
+
+        handlers = {"profiles": profile_read, "user-anchors": anchors_read}
+        log = await asyncio.to_thread(LogView, self.settings.kafka, handlers, numbers)
+        if self.partitions is not partitions:  # another rebalance came first
+            log.close()
+            return
+        self._state_log = log
+        await log.follow()
+
+    async def take(self, number: int, partition: Partition, source: str, message: Any) -> None:
+        feedback = decode(Feedback, message.value or b"")
+        self.check_time(feedback.ts, message)
+        partition.watermark.observe(source, feedback.ts)
+        if feedback.kind == "click":
+            waiting = Waiting(feedback.ts, feedback.event_id, message.offset, feedback)
+            heapq.heappush(partition.waiting, waiting)
+        else:
+            partition.acks[source].done(message.offset)
+        await self._settle(number, partition)
+
+    async def advance(self, number: int, partition: Partition, now: float, idle: set[str]) -> None:
+        if SOURCE in idle and now - partition.last_arrival[SOURCE] >= self._idle_timeout:
+            partition.watermark.idle(SOURCE)
+        await self._settle(number, partition)
+
+    async def _settle(self, number: int, partition: Partition) -> None:
+        """Apply the clicks that the watermark has passed and ask for the anchors that are needed."""
+        if not self.ready():
+            return
+        async with partition.lock:
+            if self.partitions.get(number) is not partition:
+                return
+            changed = self._apply_due(partition)
+            users, partition.answered = partition.answered | changed.keys(), set()
+            requests: list[AnchorRequest] = []
+            for user_id in users:
+                profile = partition.profiles.get(user_id)
+                if profile is None:
+                    continue
+                anchors = partition.anchors.get(user_id)
+                after = profile if anchors is None else answered(profile, anchors)
+                after, request = advance(
+                    after,
+                    anchors,
+                    self._versions,
+                    self._vector_of,
+                    self.settings.profiles,
+                    self.settings.generator.history,
+                )
+                if request is not None:
+                    requests.append(request)
+                if after is not profile:
+                    partition.profiles[user_id] = after
+                    changed.setdefault(user_id, [])
+            await asyncio.gather(*(self._ask(number, request) for request in requests))
+            for user_id, offsets in changed.items():
+                await self._write(number, partition, user_id, offsets)
+
+    def _apply_due(self, partition: Partition) -> dict[str, list[int]]:
+        """Apply clicks in order; the changed users, each with the offsets that its new state covers."""
+        changed: dict[str, list[int]] = {}
+        watermark = partition.watermark.value()
+        while partition.waiting and partition.waiting[0].ts <= watermark:
+            click = heapq.heappop(partition.waiting)
+            user_id = click.feedback.user_id
+            profile = partition.profiles.get(user_id) or Profile(user_id)
+            positive = Positive(click.ts, click.event_id, click.feedback.item_id)
+            after = apply_positive(profile, positive, self.settings.profiles.max_positives)
+            if after is None:
+                metrics.LATE_POSITIVES.inc()
+            else:
+                partition.profiles[user_id] = after
+            changed.setdefault(user_id, []).append(click.offset)
+        return changed
+
+    async def _ask(self, number: int, request: AnchorRequest) -> None:
+        metrics.ANCHOR_REQUESTS.labels(request.reason).inc()
+        await self.publisher.deliver("anchor-requests", request.user_id.encode(), encode(request), number)
+
+    async def _write(self, number: int, partition: Partition, user_id: str, offsets: list[int]) -> None:
+        acks = partition.acks[SOURCE]
+
+        def durable() -> None:
+            for offset in offsets:
+                acks.done(offset)
+
+        state = msgspec.json.encode(partition.profiles[user_id])
+        await self.publisher.send("profiles", user_id.encode(), state, then=durable, partition=number)

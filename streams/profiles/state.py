@@ -1,0 +1,144 @@
+"""A user's profile: recent positives, and whether the anchors still explain them. Pure: a fold over the log.
+
+Clicks are applied in the order of (ts, event_id), each at most once: what is at or below the cursor was applied before
+(or came too late). While an anchor request is unanswered its user's clicks wait in ``positives`` untested, and are
+tested once the answer is there. So which refreshes are asked for does not depend on how fast the generator is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from streams.contracts import AnchorRequest, Record
+from streams.profiles.drift import PageHinkley
+from streams.settings import ProfileSettings
+
+Vector = NDArray[np.float32]
+VectorOf = Callable[[str], Vector | None]
+
+MIN_DRIFT_VALUES = 5
+"""Clicks since the last refresh below which drift is not judged."""
+
+
+class Positive(Record, frozen=True, array_like=True):
+    """One click, in the order of its fields."""
+
+    ts: int
+    event_id: str
+    item_id: str
+
+
+class Profile(Record, frozen=True):
+    """State of one user, ``gpl.profiles`` (compacted).
+
+    ``positives``: oldest first; the first ``tested`` of them have been looked at for drift. ``cursor``: (ts, event_id)
+    of the newest click applied. ``sequence``: anchor requests so far; ``pending``: the newest is unanswered.
+    """
+
+    user_id: str
+    cursor: tuple[int, str] = (-1, "")
+    positives: tuple[Positive, ...] = ()
+    tested: int = 0
+    sequence: int = 0
+    pending: bool = False
+    requested_ts: int | None = None
+    drift: PageHinkley = PageHinkley()
+
+
+@dataclass(frozen=True)
+class AnchorsInForce:
+    """What the fold needs of a user's newest anchors. ``vectors``: (K, dim), K may be 0."""
+
+    version: int
+    ts: int
+    versions: tuple[str, str, str]
+    vectors: Vector
+
+
+def apply_positive(profile: Profile, positive: Positive, max_positives: int) -> Profile | None:
+    """The profile with one more click; None when it is at or below the cursor."""
+    cursor = (positive.ts, positive.event_id)
+    if cursor <= profile.cursor:
+        return None
+    positives = (*profile.positives, positive)
+    dropped = max(0, len(positives) - max_positives)
+    return msgspec.structs.replace(
+        profile, cursor=cursor, positives=positives[dropped:], tested=max(0, profile.tested - dropped)
+    )
+
+
+def answered(profile: Profile, anchors: AnchorsInForce) -> Profile:
+    """The profile once its pending request is answered; the same profile when this is not that answer."""
+    if not profile.pending or anchors.version != profile.sequence:
+        return profile
+    return msgspec.structs.replace(profile, pending=False, drift=PageHinkley())
+
+
+def advance(
+    profile: Profile,
+    anchors: AnchorsInForce | None,
+    versions: tuple[str, str, str],
+    vector_of: VectorOf,
+    settings: ProfileSettings,
+    history: int,
+) -> tuple[Profile, AnchorRequest | None]:
+    """Test the clicks that are not tested yet, up to the first that asks for a refresh.
+
+    ``anchors``: the answer to the newest request, None before the first. ``versions``: generator, quantiser and
+    encoder of this process. ``history``: positives that a request carries.
+    """
+    drift, tested = profile.drift, profile.tested
+    while tested < len(profile.positives) and not profile.pending:
+        positive = profile.positives[tested]
+        tested += 1
+        drift = _observe(drift, anchors, vector_of(positive.item_id), settings.drift_delta)
+        reason = _reason(profile, positive.ts, tested, anchors, versions, drift, settings)
+        if reason is not None:
+            sequence = profile.sequence + 1
+            request = AnchorRequest(
+                user_id=profile.user_id,
+                ts=positive.ts,
+                sequence=sequence,
+                reason=reason,
+                positives=[p.item_id for p in profile.positives[max(0, tested - history) : tested]],
+            )
+            profile = msgspec.structs.replace(
+                profile, drift=drift, tested=tested, sequence=sequence, pending=True, requested_ts=positive.ts
+            )
+            return profile, request
+    return msgspec.structs.replace(profile, drift=drift, tested=tested), None
+
+
+def _observe(drift: PageHinkley, anchors: AnchorsInForce | None, click: Vector | None, delta: float) -> PageHinkley:
+    if anchors is None or click is None or len(anchors.vectors) == 0:
+        return drift
+    # The anchor miss of method.md: 1 - max_k cos(click, a_k).
+    return drift.update(1.0 - float((anchors.vectors @ click).max()), delta)
+
+
+def _reason(
+    profile: Profile,
+    ts: int,
+    positives: int,
+    anchors: AnchorsInForce | None,
+    versions: tuple[str, str, str],
+    drift: PageHinkley,
+    settings: ProfileSettings,
+) -> Literal["cold", "drift", "stale", "version"] | None:
+    if profile.requested_ts is not None and ts - profile.requested_ts < settings.min_interval_seconds * 1000:
+        return None
+    if anchors is None or len(anchors.vectors) == 0:
+        return "cold" if positives >= settings.min_positives else None
+    if anchors.versions != versions:
+        return "version"
+    if ts - anchors.ts > settings.max_age_seconds * 1000:
+        return "stale"
+    if drift.alarm(settings.drift_threshold, MIN_DRIFT_VALUES):
+        return "drift"
+    return None

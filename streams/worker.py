@@ -1,0 +1,190 @@
+"""One process with one or all of the worker roles: ``gpl worker profiles|anchors|labels|all``.
+
+With ``all`` (the embedded mode) the Faust apps share one event loop, one view of the catalogue and, where the index
+is embedded, its one owner. The role ``labels`` includes the catalogue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from typing import Any, Literal
+
+import numpy as np
+import structlog
+import torch
+from gpl.artefacts import Artefacts
+from gpl.index.base import VectorIndex
+from numpy.typing import NDArray
+
+from gpl.catalogue import Catalogue
+from gpl.space import PRECOMPUTED, SentenceEncoder
+from streams import metrics
+from streams.anchors.agent import AnchorsRole
+from streams.contracts import ItemVector
+from streams.labels.agent import LabelsRole
+from streams.labels.catalogue import CatalogueRole
+from streams.labels.matrix import RecalledVectors
+from streams.labels.record import Versions
+from streams.log_view import Handler, LogView
+from streams.profiles.agent import ProfilesRole
+from streams.role import Role
+from streams.settings import IndexSettings, Settings
+from streams.views import CatalogueView, vectors_from
+
+log = structlog.get_logger()
+
+RoleName = Literal["profiles", "anchors", "labels", "all"]
+
+
+def open_index(settings: IndexSettings, dim: int) -> VectorIndex:
+    """The vector index that the settings name; its own error tells why it cannot be opened."""
+    if settings.kind == "server":
+        from gpl.index.server import ServerIndex
+
+        key = settings.api_key.get_secret_value() if settings.api_key else None
+        return ServerIndex(settings.collection, dim, url=settings.url, api_key=key)
+    from gpl.index.edge import EdgeIndex
+
+    return EdgeIndex(settings.path, dim)
+
+
+class Worker:
+    """Builds the roles over what they share, starts them, and stops them in turn."""
+
+    def __init__(self, settings: Settings, role: RoleName) -> None:
+        wanted = ("labels", "profiles", "anchors") if role == "all" else (role,)
+        self._settings = settings
+        self._artefacts = artefacts = Artefacts.load(settings.artefacts)
+        self._dim, self._levels = artefacts.space.dim, artefacts.quantiser.levels
+        self._versions = (artefacts.generator.version, artefacts.quantiser.version, artefacts.space.version)
+        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.health = metrics.Health()
+        self._catalogue = Catalogue(self._dim, self._levels)
+        self._view = CatalogueView(
+            self._catalogue, self._dim, artefacts.space.version, artefacts.quantiser.version, self._changed
+        )
+        self._log: LogView | None = None
+        self._handlers: dict[str, Handler] = {"item-vectors": self._view}
+        self._index: VectorIndex | None = None
+        self._recalled: RecalledVectors | None = None
+        self._changes: dict[str, ItemVector | None] = {}
+        self._roles: list[Role[Any]] = []
+        if "labels" in wanted:
+            self._add_labels()
+        if "profiles" in wanted:
+            self._roles.append(
+                ProfilesRole(settings, self._versions, self._dim, self._vector_of, self._ready, self.health, self._fail)
+            )
+        if "anchors" in wanted:
+            self._roles.append(
+                AnchorsRole(
+                    settings,
+                    artefacts.generator,
+                    self._catalogue,
+                    artefacts.quantiser.codebook_size,
+                    self._versions,
+                    self._ready,
+                    self.health,
+                    self._fail,
+                )
+            )
+
+    def _add_labels(self) -> None:
+        settings, space = self._settings, self._artefacts.space
+        self._index = open_index(settings.index, self._dim)
+        shared = self._index if settings.index.kind == "server" else None
+        encoder = None
+        if space.encoder != PRECOMPUTED:
+            encoder = SentenceEncoder(space.encoder, settings.space.cache, settings.space.batch_size)
+        self._recalled = RecalledVectors(self._index, self._view.content, self._dim, self._levels)
+        versions = Versions(space.version, self._artefacts.quantiser.version, settings.fingerprint())
+        labels = LabelsRole(
+            settings, versions, self._dim, self._levels, self._recalled.lookup, self._ready, self.health, self._fail
+        )
+        self._handlers["calibrations"] = labels.calibrations
+        catalogue = CatalogueRole(
+            settings, self._artefacts, encoder, shared, self._view.content, self._ready, self.health, self._fail
+        )
+        self._roles += [catalogue, labels]
+
+    def _ready(self) -> bool:
+        return self._log is not None and self._log.ready
+
+    def _vector_of(self, item_id: str) -> NDArray[np.float32] | None:
+        known, vectors = self._catalogue.lookup([item_id])
+        return vectors[0] if known else None
+
+    def _changed(self, item_id: str, item: ItemVector | None) -> None:
+        if self._index is not None:
+            self._changes[item_id] = item
+
+    async def _apply_changes(self) -> None:
+        """Bring the embedded index and the matrix of recalled items up to the view."""
+        changes, self._changes = self._changes, {}
+        if changes and self._index is not None and self._recalled is not None:
+            if self._settings.index.kind == "edge":
+                put = [item for item in changes.values() if item is not None]
+                if put:
+                    vectors = np.concatenate([vectors_from(item.vector, self._dim) for item in put])
+                    sids = np.array([item.sid for item in put], dtype=np.int32)
+                    self._index.upsert([item.item_id for item in put], vectors, sids)
+                removed = [item_id for item_id, item in changes.items() if item is None]
+                if removed:
+                    self._index.delete(removed)
+            for item_id, item in changes.items():
+                self._recalled.changed(item_id, item)
+        metrics.CATALOGUE_ITEMS.set(len(self._catalogue))
+
+    def _fail(self, error: BaseException) -> None:
+        if not self._failed.done():
+            self._failed.set_exception(error)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Work until ``stop`` is set. Raises what made a role fail: the process then exits and is started again."""
+        self._log = await asyncio.to_thread(LogView, self._settings.kafka, self._handlers)
+        following = asyncio.ensure_future(self._log.follow(self._apply_changes))
+        started: list[Role[Any]] = []
+        try:
+            for role in self._roles:
+                await role.start()
+                started.append(role)
+            log.info("worker started", roles=[role.name for role in started], items=len(self._catalogue))
+            stopping = asyncio.ensure_future(stop.wait())
+            ends: set[asyncio.Future[Any]] = {stopping, self._failed, following}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            stopping.cancel()
+            if following.done():
+                following.result()
+            if self._failed.done():
+                self._failed.result()
+        finally:
+            for role in reversed(started):
+                await role.stop()
+            self._log.stop()
+            with contextlib.suppress(Exception):
+                await following
+            if self._index is not None:
+                self._index.close()
+
+
+async def _main(settings: Settings, role: RoleName) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    worker = Worker(settings, role)
+    port, close = metrics.serve(settings.metrics.host, settings.metrics.port, worker.health)
+    log.info("metrics served", port=port)
+    try:
+        await worker.run(stop)
+    finally:
+        close()
+
+
+def run(settings: Settings, role: RoleName) -> None:
+    """Run a worker until SIGTERM or SIGINT. Raises what made it fail."""
+    # Requests are small matrices: more threads would only fight over the cores with the other roles.
+    torch.set_num_threads(1)
+    asyncio.run(_main(settings, role))

@@ -1,0 +1,152 @@
+"""The profile fold: when anchors are asked for, and that the answer's timing does not matter."""
+
+from __future__ import annotations
+
+import random
+
+import msgspec
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streams.contracts import AnchorRequest
+from streams.profiles.drift import PageHinkley
+from streams.profiles.state import AnchorsInForce, Positive, Profile, advance, answered, apply_positive
+from streams.settings import ProfileSettings
+
+VERSIONS = ("g", "q", "e")
+SETTINGS = ProfileSettings(
+    min_positives=2, min_interval_seconds=0, max_age_seconds=1e9, drift_delta=0.0, drift_threshold=0.5
+)
+AXES = {"east": np.array([1.0, 0.0], np.float32), "north": np.array([0.0, 1.0], np.float32)}
+
+
+def positive(n: int, item: str = "east", ts: int | None = None) -> Positive:
+    return Positive(1000 * n if ts is None else ts, f"e{n:04}", item)
+
+
+def anchors(version: int, ts: int, axis: str = "east", versions: tuple[str, str, str] = VERSIONS) -> AnchorsInForce:
+    return AnchorsInForce(version, ts, versions, AXES[axis][None, :])
+
+
+def step(profile: Profile, in_force: AnchorsInForce | None, settings: ProfileSettings = SETTINGS):
+    return advance(profile, in_force, VERSIONS, AXES.get, settings, history=10)
+
+
+def feed(profile: Profile, *positives: Positive) -> Profile:
+    for p in positives:
+        profile = apply_positive(profile, p, 100) or profile
+    return profile
+
+
+def test_cold_start_asks_at_the_click_that_makes_enough():
+    profile, request = step(feed(Profile("u"), positive(1)), None)
+    assert request is None
+    profile, request = step(feed(profile, positive(2, "north"), positive(3)), None)
+    assert request == AnchorRequest("u", 2000, 1, "cold", ["east", "north"])
+    assert profile.pending and profile.tested == 2
+    # While it is unanswered nothing more is asked for.
+    assert step(feed(profile, positive(4)), None)[1] is None
+
+
+def test_a_change_of_taste_asks_for_a_refresh_and_the_same_taste_does_not():
+    profile = msgspec.structs.replace(Profile("u"), sequence=1, requested_ts=0)
+    same, request = step(feed(profile, *(positive(n) for n in range(1, 30))), anchors(1, 0))
+    assert request is None
+    _, request = step(feed(same, *(positive(n, "north") for n in range(30, 40))), anchors(1, 0))
+    assert request is not None and request.reason == "drift" and request.sequence == 2
+    assert request.positives[-1] == "north"
+
+
+def test_age_and_versions_ask_for_a_refresh():
+    profile = msgspec.structs.replace(Profile("u"), sequence=1, requested_ts=0)
+    aged = SETTINGS.model_copy(update={"max_age_seconds": 5.0})
+    assert step(feed(profile, positive(5)), anchors(1, 0), aged)[1] is None
+    assert step(feed(profile, positive(6)), anchors(1, 0), aged)[1].reason == "stale"
+    other = anchors(1, 0, versions=("older", "q", "e"))
+    assert step(feed(profile, positive(1)), other)[1].reason == "version"
+
+
+def test_nothing_is_asked_for_within_the_minimum_interval():
+    profile = msgspec.structs.replace(Profile("u"), sequence=1, requested_ts=0)
+    calm = SETTINGS.model_copy(update={"max_age_seconds": 1.0, "min_interval_seconds": 10.0})
+    profile, request = step(feed(profile, *(positive(n) for n in range(1, 10))), anchors(1, 0), calm)
+    assert request is None
+    assert step(feed(profile, positive(10)), anchors(1, 0), calm)[1].ts == 10_000
+
+
+def test_an_unknown_item_is_no_miss():
+    profile = msgspec.structs.replace(Profile("u"), sequence=1)
+    profile, request = step(feed(profile, *(positive(n, "never seen") for n in range(1, 30))), anchors(1, 0))
+    assert request is None and profile.drift.n == 0
+
+
+def test_clicks_at_or_below_the_cursor_are_not_applied_again():
+    profile = feed(Profile("u"), positive(1), positive(2))
+    assert apply_positive(profile, positive(2), 100) is None
+    assert apply_positive(profile, positive(1), 100) is None
+    assert apply_positive(profile, Positive(2000, "e9999", "east"), 100) is not None
+
+
+def test_only_the_newest_positives_are_kept():
+    profile = Profile("u")
+    for n in range(1, 11):
+        profile = apply_positive(profile, positive(n), 4) or profile
+    assert [p.ts for p in profile.positives] == [7000, 8000, 9000, 10_000]
+
+
+def test_state_survives_the_wire():
+    profile = feed(Profile("u"), positive(1), positive(2))
+    assert msgspec.json.decode(msgspec.json.encode(profile), type=Profile) == profile
+
+
+@given(st.lists(st.sampled_from(["east", "north", "unknown"]), min_size=1, max_size=40), st.integers(0, 2**32))
+def test_requests_do_not_depend_on_when_answers_arrive(items, seed):
+    """Answered at once, or after any number of further clicks: the same requests."""
+
+    def answer(request: AnchorRequest) -> AnchorsInForce:
+        known = [item for item in request.positives if item in AXES]
+        vectors = AXES[known[-1]][None, :] if known else np.zeros((0, 2), np.float32)
+        return AnchorsInForce(request.sequence, request.ts, VERSIONS, vectors)
+
+    def run(delay) -> list[AnchorRequest]:
+        profile, in_force, asked = Profile("u"), None, []
+        waiting: AnchorRequest | None = None
+        arrivals = list(enumerate(items, start=1))
+        while arrivals or waiting is not None:
+            if waiting is not None and (not arrivals or not delay()):
+                in_force = answer(waiting)
+                profile, waiting = answered(profile, in_force), None
+            elif arrivals:
+                n, item = arrivals.pop(0)
+                profile = feed(profile, positive(n, item))
+            profile, request = step(profile, in_force)
+            if request is not None:
+                asked.append(request)
+                waiting = request
+        return asked
+
+    order = random.Random(seed)
+    assert run(lambda: False) == run(lambda: order.random() < 0.8)
+
+
+@given(st.lists(st.floats(0, 2), min_size=1, max_size=60), st.floats(0, 0.2))
+def test_page_hinkley_is_its_definition(values, delta):
+    state = PageHinkley()
+    for value in values:
+        state = state.update(value, delta)
+    sums, total = [0.0], 0.0
+    for n in range(1, len(values) + 1):
+        total += values[n - 1] - float(np.mean(values[:n])) - delta
+        sums.append(total)
+    assert state.n == len(values)
+    assert abs((state.cumulative - state.minimum) - (sums[-1] - min(sums))) < 1e-9
+
+
+def test_page_hinkley_alarms_on_a_rise_only():
+    low, high = PageHinkley(), PageHinkley()
+    for n in range(60):
+        low = low.update(0.8 if n < 30 else 0.2, 0.05)
+        high = high.update(0.2 if n < 30 else 0.8, 0.05)
+    assert not low.alarm(0.5, 5)
+    assert high.alarm(0.5, 5)
