@@ -1,0 +1,82 @@
+"""Fixtures of the whole suite: the real Apache Kafka, and topics of a test's own on it."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings as hypothesis_settings
+from kafka import KafkaAdminClient
+
+from streams import topics
+from streams.broker import toolchain
+from streams.broker.apache import ApacheKafka
+from streams.broker.process import BrokerError
+from streams.kafka import client_options
+from streams.settings import KafkaSettings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+IN_CI = os.environ.get("CI", "").lower() in {"1", "true", "yes"}
+JARS = Path(__file__).parents[1] / toolchain.DEFAULT_CACHE
+
+# CI tries the same examples every time; elsewhere new ones. Deadlines would measure the machine.
+hypothesis_settings.register_profile("ci", deadline=None, derandomize=True)
+hypothesis_settings.register_profile("dev", deadline=None)
+hypothesis_settings.load_profile("ci" if IN_CI else "dev")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--require-kafka", action="store_true", help="without Java 17 or Maven: an error, where tests would be skipped"
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "kafka" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.kafka)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    wanted = any(item.get_closest_marker("kafka") for item in session.items)
+    if wanted and not session.config.option.collectonly and session.config.getoption("--require-kafka"):
+        try:
+            toolchain.check(JARS)
+        except BrokerError as error:
+            pytest.exit(f"{error}.\nTests that need no Kafka: .venv/bin/pytest -m 'not kafka'", returncode=1)
+
+
+@pytest.fixture(scope="session")
+def kafka_jars() -> Path:
+    """The cache of Kafka's jars, given a Java that runs them; without one, skipped here and failed in CI."""
+    try:
+        toolchain.check(JARS)
+    except BrokerError as error:
+        if IN_CI:
+            pytest.fail(str(error))
+        pytest.skip(str(error))
+    toolchain.fetch_jars(JARS)
+    return JARS
+
+
+@pytest.fixture(scope="session")
+def kafka(kafka_jars: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApacheKafka]:
+    """One real Apache Kafka for the session, on free ports, its data in a temporary directory."""
+    with ApacheKafka(tmp_path_factory.mktemp("kafka"), heap_mb=384, cache=kafka_jars) as broker:
+        yield broker
+
+
+@pytest.fixture
+def kafka_settings(kafka: ApacheKafka) -> Iterator[KafkaSettings]:
+    """Settings of a test's own on that broker: its prefixes, three partitions, all topics created."""
+    name = f"test-{uuid.uuid4().hex[:8]}"
+    own = KafkaSettings(bootstrap_servers=kafka.bootstrap, prefix=f"{name}.", group_prefix=f"{name}-", partitions=3)
+    topics.create(own)
+    yield own
+    with KafkaAdminClient(**client_options(own)) as admin:
+        mine = [topic for topic in admin.list_topics() if topic.startswith(own.prefix)]
+        admin.delete_topics(mine, raise_errors=False)  # one that the test itself deleted may still be listed
