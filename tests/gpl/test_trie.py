@@ -1,0 +1,89 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpl.codes import SidTrie
+
+SIZE = 5
+sid_lists = st.integers(1, 4).flatmap(
+    lambda levels: st.tuples(st.just(levels), st.lists(st.tuples(*[st.integers(0, SIZE - 1)] * levels), max_size=25))
+)
+
+
+def trie_of(levels, sids):
+    return SidTrie(np.array(sids, np.int32).reshape(len(sids), levels), SIZE)
+
+
+@given(sid_lists)
+def test_walking_all_children_lists_exactly_the_sids(case):
+    levels, sids = case
+    trie = trie_of(levels, sids)
+    nodes, prefixes = torch.tensor([SidTrie.root]), [()]
+    for _ in range(levels):
+        children = trie.step(nodes)
+        assert children.shape == (len(prefixes), SIZE)
+        assert children.dtype == torch.int64
+        at, code = (children >= 0).nonzero(as_tuple=True)
+        prefixes = [(*prefixes[i], c) for i, c in zip(at.tolist(), code.tolist(), strict=True)]
+        nodes = children[at, code]
+        assert len(set(nodes.tolist())) == len(nodes), "a node is one prefix"
+    assert prefixes == sorted(set(sids))
+    assert len(trie) == len(set(sids))
+    assert not (trie.step(nodes) >= 0).any(), "a whole SID has no children"
+
+
+@given(sid_lists, st.lists(st.integers(-1, SIZE), min_size=0, max_size=5))
+def test_contains_whole_sids_only(case, probe):
+    levels, sids = case
+    trie = trie_of(levels, sids)
+    assert all(trie.contains(sid) for sid in sids)
+    assert trie.contains(probe) == (tuple(probe) in set(sids))
+    if levels > 1 and sids:
+        assert not trie.contains(sids[0][:-1])
+
+
+def test_a_batch_of_beams_steps_as_each_alone_and_dead_beams_stay_dead():
+    trie = trie_of(3, [(0, 1, 2), (0, 1, 3), (0, 4, 0), (2, 2, 2)])
+    first = trie.step(torch.tensor(trie.root))
+    assert first.shape == (SIZE,)
+    beams = torch.stack([first, first.flip(0)])  # (2, SIZE), most of them -1
+    children = trie.step(beams)
+
+    assert children.shape == (2, SIZE, SIZE)
+    assert children[1].equal(children[0].flip(0))
+    assert (children[0, 1] == -1).all()
+    assert (children[0, 0] >= 0).nonzero().flatten().tolist() == [1, 4]
+    assert (children[0, 2] >= 0).nonzero().flatten().tolist() == [2]
+
+
+def test_empty_trie_and_empty_batch():
+    trie = trie_of(2, [])
+    assert len(trie) == 0
+    assert (trie.step(torch.tensor([0])) == -1).all()
+    assert not trie.contains((0, 0))
+    assert trie.step(torch.zeros((0, 3), dtype=torch.int64)).shape == (0, 3, SIZE)
+
+
+def test_moved_trie_gives_the_same():
+    trie = trie_of(2, [(0, 1), (3, 1)])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    moved = trie.to(device)
+    children = moved.step(torch.tensor([0], device=device))
+    assert children.device.type == device
+    assert children.cpu().equal(trie.step(torch.tensor([0])))
+    assert moved.contains((3, 1)) and not moved.contains((3, 0))
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        (np.array([[0, 1], [0, SIZE]]), r"codes\[1\]\[1\]: 5, expected 0 to 4"),
+        (np.array([[-1, 1]]), r"codes\[0\]\[0\]: -1"),
+        (np.array([1, 2]), r"codes: shape \(2,\)"),
+    ],
+)
+def test_names_what_it_refuses(codes, message):
+    with pytest.raises(ValueError, match=message):
+        SidTrie(codes, SIZE)
