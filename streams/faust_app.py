@@ -9,9 +9,11 @@ next one.
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import faust
@@ -43,6 +45,13 @@ def make_app(kafka: KafkaSettings, role: str) -> Any:
         store="memory://",
         web_enabled=False,
         broker_commit_interval=0.5,
+        # A killed worker's partitions move on after this long. Heartbeats have a thread of their own, so that a
+        # busy event loop does not lose its partitions.
+        broker_session_timeout=10.0,
+        broker_heartbeat_interval=2.0,
+        broker_max_poll_interval=300.0,
+        # Faust makes this directory whether or not there are tables to keep in it; there are none.
+        datadir=Path(tempfile.gettempdir()) / "gpl-faust",
         # Requests stay unacknowledged for their whole window on purpose; that is no livelock.
         broker_commit_livelock_soft_timeout=7 * 86400.0,
         consumer_auto_offset_reset="earliest",

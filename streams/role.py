@@ -48,6 +48,9 @@ P = TypeVar("P", bound=PartitionState)
 class Role(Generic[P]):
     """A consumer group over one or more co-partitioned topics. ``on_failure`` stops the process."""
 
+    writes_dead_letters = True
+    """Of the roles that read a topic, one writes its dead letters; the others pass a bad record over."""
+
     def __init__(
         self,
         name: str,
@@ -164,7 +167,10 @@ class Role(Generic[P]):
             metrics.EVENTS.labels(source).inc()
         except REFUSALS as error:
             acks, offset = partition.acks[source], message.offset
-            await self.publisher.dead_letter(message, error, lambda: acks.done(offset))
+            if self.writes_dead_letters:
+                await self.publisher.dead_letter(message, error, lambda: acks.done(offset))
+            else:
+                acks.done(offset)
         # Events wait for their window unacknowledged; their bytes need not.
         message.value = event.value = None
 

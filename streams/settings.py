@@ -125,6 +125,7 @@ class TrainerSettings(Section):
     pseudo_weight: float = Field(
         1.0, ge=0, description="lambda, the weight of the pseudo-label loss; 0 is exposed only"
     )
+    negatives_weight: float = Field(1.0, ge=0, description="weight of unexposed candidates as not clicked")
     loss: Literal["listwise", "pointwise"] = "listwise"
     shadow: bool = Field(
         False, description="train an exposed-only twin beside it, to see the gain of pseudo-labels live"
@@ -139,6 +140,7 @@ class TrainerSettings(Section):
         0.1, ge=0, description="nats by which progressive log loss may be worse than the last published model's"
     )
     keep_models: int = Field(20, ge=2, description="published versions left on disk")
+    journal: Path | None = Field(None, description="file of JSON lines with each request's evaluation before training")
     seed: int = 0
 
 

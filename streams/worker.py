@@ -38,16 +38,20 @@ log = structlog.get_logger()
 RoleName = Literal["profiles", "anchors", "labels", "all"]
 
 
-def open_index(settings: IndexSettings, dim: int) -> VectorIndex:
-    """The vector index that the settings name; its own error tells why it cannot be opened."""
+def open_index(settings: IndexSettings, dim: int, version: str) -> VectorIndex:
+    """The vector index that the settings name, one for each ``version`` of the space: cosines do not compare across.
+
+    Its own error tells why it cannot be opened.
+    """
     if settings.kind == "server":
         from gpl.index.server import ServerIndex
 
         key = settings.api_key.get_secret_value() if settings.api_key else None
-        return ServerIndex(settings.collection, dim, url=settings.url, api_key=key)
+        return ServerIndex.connect(settings.url, key, f"{settings.collection}-{version}", dim)
     from gpl.index.edge import EdgeIndex
 
-    return EdgeIndex(settings.path, dim)
+    settings.path.mkdir(parents=True, exist_ok=True)
+    return EdgeIndex(settings.path / version, dim)
 
 
 class Worker:
@@ -93,7 +97,7 @@ class Worker:
 
     def _add_labels(self) -> None:
         settings, space = self._settings, self._artefacts.space
-        self._index = open_index(settings.index, self._dim)
+        self._index = open_index(settings.index, self._dim, space.version)
         shared = self._index if settings.index.kind == "server" else None
         encoder = None
         if space.encoder != PRECOMPUTED:
@@ -145,12 +149,9 @@ class Worker:
         """Work until ``stop`` is set. Raises what made a role fail: the process then exits and is started again."""
         self._log = await asyncio.to_thread(LogView, self._settings.kafka, self._handlers)
         following = asyncio.ensure_future(self._log.follow(self._apply_changes))
-        started: list[Role[Any]] = []
         try:
-            for role in self._roles:
-                await role.start()
-                started.append(role)
-            log.info("worker started", roles=[role.name for role in started], items=len(self._catalogue))
+            await asyncio.gather(*(role.start() for role in self._roles))
+            log.info("worker started", roles=[role.name for role in self._roles], items=len(self._catalogue))
             stopping = asyncio.ensure_future(stop.wait())
             ends: set[asyncio.Future[Any]] = {stopping, self._failed, following}
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -160,8 +161,7 @@ class Worker:
             if self._failed.done():
                 self._failed.result()
         finally:
-            for role in reversed(started):
-                await role.stop()
+            await asyncio.gather(*(role.stop() for role in self._roles), return_exceptions=True)
             self._log.stop()
             with contextlib.suppress(Exception):
                 await following

@@ -48,7 +48,9 @@ class CatalogueRole(BatchRole):
         health: metrics.Health,
         on_failure: Callable[[BaseException], None],
     ) -> None:
-        super().__init__("catalogue", ("items",), settings, health, on_failure)
+        # A group of its own for each space: with a new one every item is read, encoded and published again.
+        version = f"{artefacts.space.version}-{artefacts.quantiser.version}"
+        super().__init__(f"catalogue-{version}", ("items",), settings, health, on_failure)
         self._artefacts = artefacts
         self._encoder = encoder
         self._index = server_index

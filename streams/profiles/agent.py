@@ -59,10 +59,12 @@ class Partition(PartitionState):
 
 
 class ProfilesRole(Role[Partition]):
-    """One worker of the profiles role.
+    """One worker of the profiles role. The labels role reads the same feedback and writes its dead letters.
 
     ``versions``: generator, quantiser, encoder in force; ``vector_of``: an item's unit vector, None when unknown.
     """
+
+    writes_dead_letters = False
 
     def __init__(
         self,
