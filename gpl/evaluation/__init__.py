@@ -1,0 +1,1 @@
+"""Judging: metrics and their confidence intervals."""

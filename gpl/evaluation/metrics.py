@@ -1,0 +1,139 @@
+"""Metrics of click models and rankings. NaN stands for "undefined", as AUC is on one class."""
+
+from __future__ import annotations
+
+from math import comb
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+
+def auc(clicks: npt.ArrayLike, scores: npt.ArrayLike) -> float:
+    """Area under the ROC curve, ties counted one half; NaN when a class is missing.
+
+    ``clicks`` (n,) are 0 or 1, ``scores`` (n,) anything that orders. Raises ValueError for other input.
+    """
+    y, s = _columns(clicks=clicks, scores=scores)
+    positives = float(y.sum())
+    negatives = len(y) - positives
+    if positives == 0 or negatives == 0:
+        return float("nan")
+    # Mann-Whitney: the average rank of a tied group is its last rank less half its surplus.
+    _, group, size = np.unique(s, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(size) - (size - 1) / 2)[group]
+    return float((rank[y == 1].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def gauc(clicks: npt.ArrayLike, scores: npt.ArrayLike, users: npt.ArrayLike) -> float:
+    """Mean of the users' AUCs weighted by their impressions (Zhou et al. 2018). ``users`` (n,), any comparable type.
+
+    Users with only one class have no AUC and are left out; NaN when none is left.
+    """
+    y, s = _columns(clicks=clicks, scores=scores)
+    user = np.asarray(users)
+    if user.shape != y.shape:
+        raise ValueError(f"users: shape {user.shape}, expected {y.shape}, parallel to clicks")
+    order = np.argsort(user, kind="stable")
+    starts = np.flatnonzero(np.r_[True, user[order][1:] != user[order][:-1]]) if len(y) else np.array([], dtype=int)
+    total = weight = 0.0
+    for rows in np.split(order, starts[1:]):
+        value = auc(y[rows], s[rows])
+        if not np.isnan(value):
+            total += value * len(rows)
+            weight += len(rows)
+    return total / weight if weight else float("nan")
+
+
+def log_loss(clicks: npt.ArrayLike, probabilities: npt.ArrayLike) -> float:
+    """Mean negative log-likelihood in nats; probabilities are kept 1e-7 away from 0 and 1. NaN without data."""
+    y, p = _columns(clicks=clicks, probabilities=_probabilities(probabilities))
+    if len(y) == 0:
+        return float("nan")
+    p = np.clip(p, 1e-7, 1 - 1e-7)
+    return float(-(y * np.log(p) + (1 - y) * np.log1p(-p)).mean())
+
+
+def calibration_error(clicks: npt.ArrayLike, probabilities: npt.ArrayLike, bins: int = 10) -> float:
+    """Expected calibration error: mean of |click rate - mean prediction| over bins of equal mass. NaN without data.
+
+    Bin edges are quantiles of the predictions, so equal predictions share a bin and order does not matter.
+    """
+    y, p = _columns(clicks=clicks, probabilities=_probabilities(probabilities))
+    if bins < 1:
+        raise ValueError(f"bins: {bins}, expected at least 1")
+    if len(y) == 0:
+        return float("nan")
+    inner = np.quantile(p, np.arange(1, bins) / bins, method="inverted_cdf")
+    bin_of = np.searchsorted(inner, p, side="left")
+    gap = np.bincount(bin_of, y - p, minlength=bins)
+    return float(np.abs(gap).sum() / len(y))
+
+
+def hit_rate_at(k: int, relevance: npt.ArrayLike, scores: npt.ArrayLike) -> float:
+    """Whether one list's top k holds a relevant item (relevance > 0): 1 or 0, or NaN when none is relevant.
+
+    Where scores tie across the cut it is the probability of a hit under random tie-breaking, so that a scorer
+    that cannot tell items apart earns what chance earns.
+    """
+    gain, s, cut = _list(k, relevance, scores)
+    if not (gain > 0).any():
+        return float("nan")
+    if cut == len(s):
+        return 1.0
+    edge = np.partition(s, len(s) - cut)[len(s) - cut]  # the cut-th largest score
+    above, tied = s > edge, s == edge
+    if (gain[above] > 0).any():
+        return 1.0
+    misses, places = int((gain[tied] <= 0).sum()), cut - int(above.sum())
+    return 1.0 - comb(misses, places) / comb(int(tied.sum()), places)
+
+
+def ndcg_at(k: int, relevance: npt.ArrayLike, scores: npt.ArrayLike) -> float:
+    """Normalised discounted cumulative gain of one list's top k, linear gain; NaN when nothing is relevant.
+
+    Tied items share the mean of their gains (McSherry and Najork 2008): the expectation over random tie-breaking.
+    """
+    gain, s, cut = _list(k, relevance, scores)
+    discount = np.where(np.arange(len(s)) < cut, 1 / np.log2(np.arange(len(s)) + 2), 0.0)
+    ideal = float((np.sort(gain)[::-1] * discount).sum())
+    if ideal == 0:
+        return float("nan")
+    _, group, size = np.unique(-s, return_inverse=True, return_counts=True)
+    shared = np.bincount(group, gain) / size
+    reached = np.cumsum(discount)[np.cumsum(size) - 1]
+    return float((shared * np.diff(reached, prepend=0.0)).sum() / ideal)
+
+
+def _columns(clicks: npt.ArrayLike, **other: npt.ArrayLike) -> tuple[Array, Array]:
+    ((name, values),) = other.items()
+    y, x = np.asarray(clicks, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    if y.ndim != 1 or x.shape != y.shape:
+        raise ValueError(f"{name}: shape {x.shape}, clicks: shape {y.shape}, expected (n,) twice")
+    if not ((y == 0) | (y == 1)).all():
+        raise ValueError(f"clicks: {y[(y != 0) & (y != 1)][0]}, expected 0 or 1")
+    if np.isnan(x).any():
+        raise ValueError(f"{name}: nan at {int(np.argmax(np.isnan(x)))}")
+    return y, x
+
+
+def _probabilities(values: npt.ArrayLike) -> Array:
+    p = np.asarray(values, dtype=np.float64)
+    outside = (p < 0) | (p > 1)
+    if outside.any():
+        raise ValueError(f"probabilities: {p[outside][0]}, expected within [0, 1]")
+    return p
+
+
+def _list(k: int, relevance: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[Array, Array, int]:
+    gain, s = np.asarray(relevance, dtype=np.float64), np.asarray(scores, dtype=np.float64)
+    if k < 1:
+        raise ValueError(f"k: {k}, expected at least 1")
+    if gain.ndim != 1 or s.shape != gain.shape:
+        raise ValueError(f"scores: shape {s.shape}, relevance: shape {gain.shape}, expected (n,) twice")
+    if not (gain >= 0).all():
+        raise ValueError(f"relevance: {gain[~(gain >= 0)][0]}, expected at least 0")
+    if np.isnan(s).any():
+        raise ValueError(f"scores: nan at {int(np.argmax(np.isnan(s)))}")
+    return gain, s, min(k, len(s))

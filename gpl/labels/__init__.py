@@ -1,0 +1,1 @@
+"""Pseudo-labels: match candidates to a user's anchors, weigh by confidence, calibrate to a click probability."""

@@ -1,0 +1,111 @@
+"""A mini-batch of label records as flat arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from gpl.labels.matching import Floats, Ints
+
+
+@dataclass(frozen=True)
+class Example:
+    """One label record as rows: its exposed items first, then its pseudo-labelled unexposed ones, n in all.
+
+    ``item_row`` and ``content_row`` (n,): rows of the id table and of the content matrix (-1: no content).
+    ``score`` (n,): raw anchor score, NaN where there is none. ``clicked`` (m,): 0 or 1 of the m exposed items.
+    ``label``, ``confidence`` (n - m,): of the unexposed.
+    """
+
+    user_row: int
+    item_row: Ints
+    content_row: Ints
+    score: Floats
+    clicked: Floats
+    label: Floats
+    confidence: Floats
+
+    def __post_init__(self) -> None:
+        n = len(self.item_row)
+        unexposed = n - len(self.clicked)
+        for name, expected in (
+            ("content_row", n),
+            ("score", n),
+            ("label", unexposed),
+            ("confidence", unexposed),
+        ):
+            if len(getattr(self, name)) != expected:
+                raise ValueError(f"{name}: {len(getattr(self, name))} entries, expected {expected}")
+        if np.isnan(self.score[len(self.clicked) :]).any():
+            raise ValueError("score: nan for an unexposed item, which is pseudo-labelled by its score")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """R requests with P pairs (request, item) over I distinct items. Pairs of a request are contiguous.
+
+    Users (R,) and items (I,) are kept once, so that each tower runs once per user and item.
+    """
+
+    user_row: Ints  # (R,)
+    item_row: Ints  # (I,)
+    content_row: Ints  # (I,), -1 where there is none
+    request: Ints  # (P,), index into user_row
+    item: Ints  # (P,), index into item_row
+    score: Floats  # (P,), raw anchor score, NaN where there is none
+    exposed: npt.NDArray[np.bool_]  # (P,)
+    clicked: Floats  # (P,), 0 where unexposed
+    label: Floats  # (P,), 0 where exposed
+    confidence: Floats  # (P,), 0 where exposed
+
+    @classmethod
+    def collate(cls, examples: Sequence[Example]) -> Batch:
+        """Raises ValueError for no examples."""
+        if not examples:
+            raise ValueError("examples: none, expected at least one")
+        sizes = np.array([len(e.item_row) for e in examples])
+        shown = np.array([len(e.clicked) for e in examples])
+        item_row = np.concatenate([e.item_row for e in examples]).astype(np.int64)
+        content_row = np.concatenate([e.content_row for e in examples]).astype(np.int64)
+        # One key for id row and content row: unknown items share row 0 and still differ in content.
+        width = int(content_row.max(initial=-1)) + 2
+        keys, item = np.unique(item_row * width + content_row + 1, return_inverse=True)
+        request = np.repeat(np.arange(len(examples)), sizes)
+        position = np.arange(len(request)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        exposed = position < shown[request]
+        clicked, label, confidence = (np.zeros(len(request), dtype=np.float32) for _ in range(3))
+        clicked[exposed] = np.concatenate([e.clicked for e in examples])
+        label[~exposed] = np.concatenate([e.label for e in examples])
+        confidence[~exposed] = np.concatenate([e.confidence for e in examples])
+        return cls(
+            user_row=np.array([e.user_row for e in examples], dtype=np.int64),
+            item_row=keys // width,
+            content_row=keys % width - 1,
+            request=request,
+            item=item,
+            score=np.concatenate([e.score for e in examples]).astype(np.float32),
+            exposed=exposed,
+            clicked=clicked,
+            label=label,
+            confidence=confidence,
+        )
+
+    def exposed_only(self) -> Batch:
+        """The batch without its unexposed pairs: equal to the batch collated from records that have none."""
+        users, request = np.unique(self.request[self.exposed], return_inverse=True)
+        items, item = np.unique(self.item[self.exposed], return_inverse=True)
+        return Batch(
+            user_row=self.user_row[users],
+            item_row=self.item_row[items],
+            content_row=self.content_row[items],
+            request=request,
+            item=item,
+            score=self.score[self.exposed],
+            exposed=self.exposed[self.exposed],
+            clicked=self.clicked[self.exposed],
+            label=self.label[self.exposed],
+            confidence=self.confidence[self.exposed],
+        )

@@ -1,0 +1,118 @@
+"""A pre-ranker with its optimizer: one call a mini-batch, and a state from which training goes on bit for bit.
+
+Id tables take lazy Adam (torch's SparseAdam): only rows in the batch move, and the moments of others stand still, so a
+step costs what its batch costs, not what the tables hold. It measured slightly better than Adagrad (Amazon Office, one
+pass, HR@10 .108 to .110 against .103 to .104 over three seeds), and its step size does not fade on an endless stream.
+All other weights take AdamW; weight decay is of the content projection alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from gpl.labels.matching import Floats
+from gpl.preranker.batch import Batch
+from gpl.preranker.loss import Loss, LossConfig, joint_loss
+from gpl.preranker.model import PreRanker, grown
+
+_PREFIX = "optimizer."
+_STEPS = _PREFIX + "steps"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Learner:
+    """Trains ``model``, which may be grown between steps. Deterministic on CPU with a fixed number of threads."""
+
+    def __init__(self, model: PreRanker, loss: LossConfig, learning_rate: float, weight_decay: float) -> None:
+        """Raises ValueError for a learning rate that is not positive or a negative weight decay."""
+        if not learning_rate > 0:
+            raise ValueError(f"learning_rate: {learning_rate}, expected a positive number")
+        if not weight_decay >= 0:
+            raise ValueError(f"weight_decay: {weight_decay}, expected at least 0")
+        self.model = model
+        self.loss = loss
+        self.steps = 0
+        decayed = [model.content]
+        plain = [p for _, p in model.dense() if p is not model.content]
+        self._dense = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            lr=learning_rate,
+        )
+        self._tables = torch.optim.SparseAdam([p for _, p in model.tables()], lr=learning_rate)
+
+    def step(self, batch: Batch, content: Floats) -> Loss | None:
+        """Train on one batch; ``content`` (rows, dim_content) is what ``batch.content_row`` points into.
+
+        With a loss on exposed labels only, the unexposed pairs are taken out first, so training equals training on
+        records that never had them. None, and nothing changes, when no pair is left.
+        """
+        if self.loss.exposed_only:
+            batch = batch.exposed_only()
+        if len(batch.request) == 0:
+            return None
+        self.model.observe(batch.score)
+        loss = joint_loss(self.model(batch, content), batch, self.loss)
+        loss.total.backward()  # type: ignore[no-untyped-call]
+        for _, table in self.model.tables():
+            for moment in _MOMENTS:
+                state = self._tables.state[table]
+                if moment in state:
+                    state[moment] = grown(state[moment], len(table))
+        self._dense.step()
+        self._tables.step()  # type: ignore[no-untyped-call]
+        self.model.zero_grad(set_to_none=True)
+        self.steps += 1
+        return Loss(*(term.detach() for term in (loss.total, loss.actual, loss.pseudo, loss.negatives)))
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The model's state and the optimizer's (names under ``optimizer.``), exactly. For safetensors."""
+        weights = self.model.state_tensors()
+        state = dict(weights)
+        state[_STEPS] = torch.tensor(self.steps)
+        if self.steps:
+            for name, parameter, optimizer in self._parameters():
+                for moment in _MOMENTS:
+                    rows = len(weights[name]) if parameter.dim() else None
+                    value = optimizer.state[parameter][moment]
+                    state[f"{_PREFIX}{name}.{moment}"] = (value[:rows] if rows else value).clone()
+        return state
+
+    def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of :meth:`state_tensors`: training goes on as if it had not been interrupted.
+
+        Raises ValueError naming a tensor that is missing or misshapen.
+        """
+        moments: dict[str, Tensor] = {}
+        if _STEPS not in state:
+            raise ValueError(f"{_STEPS}: missing from the state")
+        steps = int(state[_STEPS])
+        if steps:
+            for name, _, _ in self._parameters():
+                for moment in _MOMENTS:
+                    key = f"{_PREFIX}{name}.{moment}"
+                    if key not in state:
+                        raise ValueError(f"{key}: missing from the state")
+                    if name in state and state[key].shape != state[name].shape:
+                        raise ValueError(f"{key}: shape {tuple(state[key].shape)}, expected that of {name}")
+                    moments[key] = state[key]
+        self.model.load_state_tensors(state)
+        self.steps = steps
+        for name, parameter, optimizer in self._parameters():
+            optimizer.state.pop(parameter, None)
+            if not steps:
+                continue
+            step = torch.tensor(float(steps)) if optimizer is self._dense else steps
+            optimizer.state[parameter] = {"step": step}
+            for moment in _MOMENTS:
+                value = moments[f"{_PREFIX}{name}.{moment}"].clone()
+                rows = len(parameter) if parameter.dim() else 0
+                optimizer.state[parameter][moment] = grown(value, rows) if rows else value
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter, torch.optim.Optimizer]]:
+        for name, parameter in self.model.dense():
+            yield name, parameter, self._dense
+        for name, parameter in self.model.tables():
+            yield name, parameter, self._tables

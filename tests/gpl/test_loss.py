@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpl.preranker.batch import Batch, Example
+from gpl.preranker.loss import LossConfig, joint_loss
+from gpl.preranker.model import Logits
+
+
+def record(clicked, hidden_scores, labels=None, confidence=None):
+    n, m = len(hidden_scores), len(clicked)
+    rows = np.arange(m + n)
+    return Example(
+        1,
+        rows + 1,
+        rows,
+        np.concatenate([np.full(m, np.nan), hidden_scores]).astype(np.float32),
+        np.array(clicked, np.float32),
+        np.array([0.5] * n if labels is None else labels, np.float32),
+        np.array([1.0] * n if confidence is None else confidence, np.float32),
+    )
+
+
+def loss_of(records, logits, config):
+    values = torch.tensor(logits, dtype=torch.float32, requires_grad=True)
+    return joint_loss(Logits(values, values), Batch.collate(records), config), values
+
+
+def bce(logit, target):
+    return np.logaddexp(0, logit) - target * logit
+
+
+def softmax(x):
+    e = np.exp(x - np.max(x))
+    return e / e.sum()
+
+
+def test_actual_is_the_mean_cross_entropy_of_the_exposed():
+    loss, _ = loss_of([record([1, 0], []), record([1], [])], [0.5, -1.0, 2.0], LossConfig())
+    assert loss.actual.item() == pytest.approx((bce(0.5, 1) + bce(-1, 0) + bce(2, 1)) / 3)
+    assert loss.total.item() == loss.actual.item()
+
+
+def test_pointwise_by_hand():
+    records = [record([1], [0.1, 0.2], [0.9, 0.3], [0.5, 0.25]), record([], [0.4], [0.1], [0.05])]
+    loss, _ = loss_of(records, [0.3, 1.0, -2.0, 0.7], LossConfig("pointwise", 2.0, 0.0))
+    expected = (0.5 * bce(1.0, 0.9) + 0.25 * bce(-2.0, 0.3) + 0.05 * bce(0.7, 0.1)) / 0.8
+    assert loss.pseudo.item() == pytest.approx(expected, rel=1e-5)
+    assert loss.total.item() == pytest.approx(bce(0.3, 1) + 2 * expected, rel=1e-5)
+
+
+def test_listwise_by_hand():
+    # Standardised (population), each request weighted by its mean confidence: 0.6 and 0.2.
+    records = [record([0], [0.1, 0.3, 0.8], confidence=[0.9, 0.6, 0.3]), record([], [0.5, 0.2], confidence=[0.1, 0.3])]
+    logits = [0.0, 1.0, -1.0, 0.5, 2.0, 0.0]
+    loss, _ = loss_of(records, logits, LossConfig("listwise", 1.0, 0.0))
+
+    def divergence(scores, model):
+        scores = np.array(scores)
+        p, q = softmax((scores - scores.mean()) / scores.std()), softmax(np.array(model))
+        return (p * np.log(p / q)).sum()
+
+    expected = (0.6 * divergence([0.1, 0.3, 0.8], logits[1:4]) + 0.2 * divergence([0.5, 0.2], logits[4:])) / 0.8
+    assert loss.pseudo.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_listwise_is_zero_and_at_rest_where_the_model_agrees():
+    scores = np.array([0.1, 0.3, 0.8, 0.2])
+    agreeing = (scores - scores.mean()) / scores.std() + 5.0
+    loss, values = loss_of([record([], scores)], agreeing, LossConfig("listwise", 1.0, 0.0))
+    loss.total.backward()
+    assert loss.pseudo.item() == pytest.approx(0, abs=1e-6)
+    assert values.grad.abs().max() < 1e-6
+
+
+def test_negatives_by_hand():
+    loss, _ = loss_of([record([1], [0.1, 0.2])], [0.0, 1.0, -1.0], LossConfig("listwise", 0.0, 0.5))
+    expected = (bce(1, 0) + bce(-1, 0)) / 2
+    assert loss.negatives.item() == pytest.approx(expected)
+    assert loss.total.item() == pytest.approx(bce(0, 1) + 0.5 * expected)
+
+
+@pytest.mark.parametrize("form", ["listwise", "pointwise"])
+def test_without_pseudo_labels_or_weight_the_loss_is_the_actual_loss_exactly(form):
+    shown, both = [record([1, 0, 1], [])], [record([1, 0, 1], [0.2, 0.7])]
+    logits = [0.123, -0.456, 0.789, 3.0, -3.0]
+    alone, a = loss_of(shown, logits[:3], LossConfig(form, 1.0, 1.0))
+    off, b = loss_of(both, logits, LossConfig(form, 0.0, 0.0))
+    unsure, c = loss_of([record([1, 0, 1], [0.2, 0.7], confidence=[0, 0])], logits, LossConfig(form, 1.0, 0.0))
+    for loss in (alone, off, unsure):
+        loss.total.backward()
+        assert loss.total.item() == alone.actual.item()
+        assert loss.pseudo.item() == loss.negatives.item() == 0
+    for values in (b, c):
+        assert torch.equal(values.grad[:3], a.grad)
+        assert (values.grad[3:] == 0).all()
+
+
+def test_requests_whose_scores_do_not_differ_are_left_out():
+    same, one, real = record([], [0.4, 0.4, 0.4]), record([], [0.9]), record([], [0.1, 0.6])
+    loss, values = loss_of([same, one, real], [1.0, 2, 3, 4, 0.2, -0.3], LossConfig("listwise", 1.0, 0.0))
+    alone, _ = loss_of([real], [0.2, -0.3], LossConfig("listwise", 1.0, 0.0))
+    loss.total.backward()
+    assert loss.pseudo.item() == pytest.approx(alone.pseudo.item())
+    assert (values.grad[:4] == 0).all()
+    nothing, _ = loss_of([same, one], [1.0, 2, 3, 4], LossConfig("listwise", 1.0, 0.0))
+    assert nothing.total.item() == 0
+
+
+@pytest.mark.parametrize("form", ["listwise", "pointwise"])
+def test_confidence_counts_only_relative_to_the_batch(form):
+    def with_scale(scale):
+        records = [
+            record([1], [0.1, 0.5], [0.2, 0.8], [0.9 * scale, 0.5 * scale]),
+            record([], [0.3, 0.4], None, [0.1 * scale] * 2),
+        ]
+        return loss_of(records, [0.1, 0.2, -0.4, 0.8, -1.0], LossConfig(form, 1.0, 0.0))[0].total.item()
+
+    assert with_scale(1.0) == pytest.approx(with_scale(1e-3), rel=1e-5)
+
+
+@given(
+    form=st.sampled_from(["listwise", "pointwise"]),
+    sizes=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6)), min_size=1, max_size=4).filter(
+        lambda s: any(m + n for m, n in s)
+    ),
+    seed=st.integers(0, 999),
+)
+@settings(max_examples=40, deadline=None)
+def test_gradients_agree_with_finite_differences(form, sizes, seed):
+    rng = np.random.default_rng(seed)
+    records = [record(rng.integers(0, 2, m), rng.random(n), rng.random(n), rng.uniform(0.1, 1, n)) for m, n in sizes]
+    logits = rng.normal(0, 1.5, sum(m + n for m, n in sizes))
+    config = LossConfig(form, 0.7, 0.3)
+    loss, values = loss_of(records, logits, config)
+    assert torch.isfinite(loss.total)
+    assert loss.pseudo.item() >= -1e-6
+    loss.total.backward()
+    step = 1e-2
+    for i in range(len(logits)):
+        ahead, behind = logits.copy(), logits.copy()
+        ahead[i] += step
+        behind[i] -= step
+        slope = (loss_of(records, ahead, config)[0].total - loss_of(records, behind, config)[0].total).item() / (
+            2 * step
+        )
+        assert values.grad[i].item() == pytest.approx(slope, abs=2e-4)
+
+
+def test_the_number_of_candidates_does_not_change_the_scale():
+    rng = np.random.default_rng(0)
+    for form in ("pointwise", "listwise"):
+        short, long = (
+            loss_of([record([], rng.random(n), rng.random(n))], rng.normal(0, 1, n), LossConfig(form, 1, 1))[
+                0
+            ].total.item()
+            for n in (50, 2000)
+        )
+        assert long == pytest.approx(short, rel=0.3)
+
+
+@pytest.mark.parametrize("bad", [{"pseudo": "pairwise"}, {"pseudo_weight": -1.0}, {"negatives_weight": float("nan")}])
+def test_bad_configuration_is_named(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        LossConfig(**bad)
