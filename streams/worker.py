@@ -15,10 +15,10 @@ import numpy as np
 import structlog
 import torch
 from gpl.artefacts import Artefacts
-from gpl.index.base import VectorIndex
 from numpy.typing import NDArray
 
 from gpl.catalogue import Catalogue
+from gpl.index.base import VectorIndex
 from gpl.space import PRECOMPUTED, SentenceEncoder
 from streams import metrics
 from streams.anchors.agent import AnchorsRole

@@ -13,10 +13,10 @@ from collections.abc import Callable
 import msgspec
 import numpy as np
 from gpl.artefacts import Artefacts
-from gpl.index.base import VectorIndex
 from numpy.typing import NDArray
 
 from gpl.catalogue import ItemContent
+from gpl.index.base import VectorIndex
 from gpl.space import Encoder, raw_vectors
 from streams import metrics
 from streams.batch_role import BatchRole, Entry

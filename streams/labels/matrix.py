@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Container
 
 import numpy as np
-from gpl.index.base import VectorIndex
 from numpy.typing import NDArray
 
 from gpl.catalogue import Catalogue
+from gpl.index.base import VectorIndex
 from streams.contracts import ItemVector
 from streams.views import vectors_from
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from pipeline import Process, final_labels, read_all, running, wait_for
 
 from gpl.artefacts import Artefacts
 from gpl.catalogue import ItemContent
@@ -19,6 +18,7 @@ from streams.contracts import Calibration, Feedback, Item, Recall, UserAnchors, 
 from streams.kafka import producer
 from streams.settings import KafkaSettings
 from streams.topics import full_name
+from tests.integration.pipeline import Process, final_labels, read_all, running, wait_for
 
 DIM, ITEMS, USERS, REQUESTS, CANDIDATES = 24, 240, 60, 2000, 40
 START = 1_700_000_000_000

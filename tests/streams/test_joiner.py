@@ -36,9 +36,7 @@ def exposed_by_contract(target: Recall, recalls: list[Recall], events: list[Feed
             holders = [
                 r
                 for r in recalls
-                if r.user_id == event.user_id
-                and event.item_id in r.candidates
-                and r.ts <= event.ts <= r.ts + WINDOW
+                if r.user_id == event.user_id and event.item_id in r.candidates and r.ts <= event.ts <= r.ts + WINDOW
             ]
             if not holders or max(holders, key=lambda r: (r.ts, r.request_id)) is not target:
                 continue
@@ -90,9 +88,7 @@ def run(recalls: list[Recall], events: list[Feedback], order: random.Random, clo
         late = joiner.add_recall(record, where) if isinstance(record, Recall) else joiner.add_feedback(record, where)
         for request_id in late:
             final[request_id] = joiner.rejoin(request_id)
-        if close_early and i == len(arrivals) // 2:
-            final |= {joined.recall.request_id: joined for joined in joiner.close(10_000)}
-        elif close_early and i > len(arrivals) // 2:
+        if (close_early and i == len(arrivals) // 2) or (close_early and i > len(arrivals) // 2):
             final |= {joined.recall.request_id: joined for joined in joiner.close(10_000)}
     final |= {joined.recall.request_id: joined for joined in joiner.close(10_000)}
     return final

@@ -1,0 +1,111 @@
+"""What labelling needs and never learns online: space, quantiser, generator and calibration, on disk as one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gpl.anchors.base import AnchorGenerator, load_generator
+from gpl.codes.quantiser import ResidualKMeans
+from gpl.labels.calibration import NoCalibration, Platt, calibration_from_dict
+from gpl.space import Space
+
+MANIFEST = "manifest.json"
+_PARTS = ("space", "quantiser", "generator")
+
+
+class ArtefactsError(ValueError):
+    """The artefacts on disk are missing a part, damaged, or do not belong together."""
+
+
+@dataclass(frozen=True)
+class Artefacts:
+    """The fitted parts. ``report``: what fitting found (sizes, code use, losses, warnings), for people."""
+
+    space: Space
+    quantiser: ResidualKMeans
+    generator: AnchorGenerator
+    calibration: Platt | NoCalibration
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, directory: Path) -> None:
+        """Write everything, aside first and renamed at the end: ``directory`` is whole or absent.
+
+        Raises FileExistsError when ``directory`` exists: artefacts are never changed in place.
+        """
+        if directory.exists():
+            raise FileExistsError(f"{directory} exists; artefacts are written to a new directory")
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        aside = directory.with_name(f".{directory.name}.{os.getpid()}")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        try:
+            self.space.save(aside / "space")
+            self.quantiser.save(aside / "quantiser")
+            self.generator.save(aside / "generator")
+            manifest = {
+                "versions": {part: getattr(self, part).version for part in _PARTS},
+                "calibration": self.calibration.to_dict(),
+                "report": self.report,
+                "sha256": _checksums(aside),
+            }
+            (aside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+            for path in aside.rglob("*"):
+                _sync(path)
+            _sync(aside)
+            aside.rename(directory)
+            _sync(directory.parent)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    @classmethod
+    def load(cls, directory: Path) -> Artefacts:
+        """Read and verify. Raises FileNotFoundError when there are none, ArtefactsError when they are damaged."""
+        path = directory / MANIFEST
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no artefacts there; `gpl fit` makes them")
+        try:
+            manifest = json.loads(path.read_text())
+            expected, versions = manifest["sha256"], manifest["versions"]
+            calibration = calibration_from_dict(manifest["calibration"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArtefactsError(f"{path}: not a manifest of artefacts: {error!r}") from error
+        found = _checksums(directory)
+        for name in sorted(expected.keys() | found.keys()):
+            if found.get(name) != expected.get(name):
+                what = "is missing" if name not in found else "is not of it" if name not in expected else "is damaged"
+                raise ArtefactsError(f"{directory / name} {what}")
+        loaded = cls(
+            space=Space.load(directory / "space"),
+            quantiser=ResidualKMeans.load(directory / "quantiser"),
+            generator=load_generator(directory / "generator"),
+            calibration=calibration,
+            report=manifest["report"],
+        )
+        for part, version in versions.items():
+            actual = getattr(loaded, part).version
+            if actual != version:
+                raise ArtefactsError(f"{directory / part}: version {actual!r}, the manifest says {version!r}")
+        return loaded
+
+
+def _checksums(directory: Path) -> dict[str, str]:
+    """SHA-256 of every file but the manifest, by its path inside ``directory``."""
+    return {
+        path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

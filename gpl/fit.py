@@ -1,0 +1,201 @@
+"""From items and past feedback to everything that labelling needs, in the order in which the parts build on each
+other: raw vectors -> space -> quantiser -> generator -> calibration."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpl.anchors.base import AnchorGenerator, History, anchors_of
+from gpl.anchors.history import HistoryClusters
+from gpl.anchors.small_lm import SmallLM, SmallLMConfig
+from gpl.anchors.training import Schedule
+from gpl.artefacts import Artefacts
+from gpl.catalogue import ItemContent
+from gpl.codes.centroids import SidCentroids
+from gpl.codes.quantiser import ResidualKMeans, suggest_codebook_size
+from gpl.codes.trie import SidTrie
+from gpl.labels.calibration import NoCalibration, Platt
+from gpl.labels.matching import max_cosine
+from gpl.space import PRECOMPUTED, Encoder, Space, raw_vectors
+
+Say = Callable[[str], None]
+MIN_SEQUENCES = 20
+"""Users with at least two positives below which a language model is not trained."""
+MIN_CALIBRATION = 50
+"""Exposures, and fewest clicks and non-clicks, below which nothing is calibrated (the classes need a tenth of it)."""
+
+
+class Event(NamedTuple):
+    """One past exposure. ``ts`` orders a user's events, in any unit."""
+
+    user_id: str
+    item_id: str
+    ts: int
+    clicked: bool
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """``codebook_size`` None: chosen from the catalogue. ``history``: most recent positives that anchors are made
+    from. ``calibration_users``: how many users' exposures the calibration is fitted on."""
+
+    generator: Literal["small-lm", "history"] = "small-lm"
+    levels: int = 3
+    codebook_size: int | None = None
+    beams: int = 10
+    history: int = 50
+    epochs: int = 6
+    downsample_threshold: float = 1e-3
+    calibration_users: int = 500
+
+
+def fit(
+    items: Sequence[ItemContent],
+    events: Sequence[Event],
+    encoder: Encoder | None,
+    options: FitOptions | None = None,
+    seed: int = 0,
+    say: Say | None = None,
+) -> Artefacts:
+    """Fit all parts. ``encoder`` None: vectors come with the items.
+
+    Users with too few positives for a language model get ``HistoryClusters``, and the report says so; too few or
+    one-sided exposures leave ``NoCalibration``. Events of unknown items are passed over and counted in the report.
+    Deterministic for a seed on one machine. Raises ValueError naming the item and field for content that cannot be
+    encoded.
+    """
+    options, say = options or FitOptions(), say or (lambda _: None)
+    warnings: list[str] = []
+    raw = raw_vectors(items, encoder)
+    space = Space.fit(PRECOMPUTED if encoder is None else encoder.name, raw)
+    vectors = space.project(raw)
+    size = options.codebook_size or suggest_codebook_size(len(items))
+    quantiser = ResidualKMeans.fit(vectors, options.levels, size, seed)
+    sids = quantiser.encode(vectors)
+    say(f"space of {len(items):,} items, codes {options.levels} x {quantiser.codebook_size}")
+    row_of = {item.item_id: row for row, item in enumerate(items)}
+    known = [event for event in events if event.item_id in row_of]
+    positives = _positives(known, row_of)
+    generator = _generator(positives, sids, quantiser, options, seed, warnings, say)
+    calibration = _calibration(known, positives, row_of, vectors, sids, generator, quantiser, options, seed, warnings)
+    report: dict[str, Any] = {
+        "items": len(items),
+        "events": len(events),
+        "events_of_unknown_items": len(events) - len(known),
+        "users_with_positives": len(positives),
+        "positives": sum(len(user.rows) for user in positives.values()),
+        "quantiser": quantiser.report(vectors),
+        "generator_losses": generator.losses if isinstance(generator, SmallLM) else [],
+        "newest_ts": max((event.ts for event in events), default=None),
+        "seed": seed,
+        "warnings": warnings,
+    }
+    for warning in warnings:
+        say(f"warning: {warning}")
+    return Artefacts(space, quantiser, generator, calibration, report)
+
+
+class _Positives(NamedTuple):
+    """A user's clicked items as catalogue rows, oldest first, and their times."""
+
+    rows: list[int]
+    times: list[int]
+
+
+def _positives(events: Sequence[Event], row_of: dict[str, int]) -> dict[str, _Positives]:
+    users: dict[str, _Positives] = {}
+    # Ties in time keep an order that does not depend on how the events came.
+    for event in sorted((e for e in events if e.clicked), key=lambda e: (e.ts, e.user_id, e.item_id)):
+        user = users.setdefault(event.user_id, _Positives([], []))
+        user.rows.append(row_of[event.item_id])
+        user.times.append(event.ts)
+    return users
+
+
+def _generator(
+    positives: dict[str, _Positives],
+    sids: NDArray[np.int32],
+    quantiser: ResidualKMeans,
+    options: FitOptions,
+    seed: int,
+    warnings: list[str],
+    say: Say,
+) -> AnchorGenerator:
+    if options.generator == "history":
+        return HistoryClusters()
+    # By user id: the seed then decides the split into trained and held-out users, not the order of the events.
+    sequences = [sids[positives[user].rows] for user in sorted(positives) if len(positives[user].rows) >= 2]
+    if len(sequences) < MIN_SEQUENCES:
+        warnings.append(
+            f"{len(sequences)} users have two or more positives, a language model needs {MIN_SEQUENCES}: "
+            "anchors are history clusters"
+        )
+        return HistoryClusters()
+    config = SmallLMConfig(
+        history=options.history,
+        schedule=Schedule(epochs=options.epochs, downsample_threshold=options.downsample_threshold),
+    )
+
+    def progress(step: int, total: int, loss: float) -> None:
+        if step % 50 == 0 or step == total:
+            say(f"language model: step {step} of {total}, loss {loss:.2f}")
+
+    return SmallLM.train(sequences, quantiser.codebook_size, options.levels, config, seed, progress)
+
+
+def _calibration(
+    events: Sequence[Event],
+    positives: dict[str, _Positives],
+    row_of: dict[str, int],
+    vectors: NDArray[np.float32],
+    sids: NDArray[np.int32],
+    generator: AnchorGenerator,
+    quantiser: ResidualKMeans,
+    options: FitOptions,
+    seed: int,
+    warnings: list[str],
+) -> Platt | NoCalibration:
+    """Platt on exposures that come after what their user's anchors were made from: the earlier half of the positives."""
+    enough = sorted(user for user, found in positives.items() if len(found.rows) >= 4)
+    if len(enough) > options.calibration_users:
+        chosen = np.random.default_rng(seed).choice(len(enough), options.calibration_users, replace=False)
+        enough = [enough[i] for i in sorted(chosen)]
+    trie, centroids = SidTrie(sids, quantiser.codebook_size), SidCentroids(sids, vectors)
+    cut: dict[str, int] = {}
+    histories: list[History] = []
+    for user in enough:
+        rows, times = positives[user]
+        cut[user] = times[len(rows) // 2 - 1]
+        past = rows[: bisect.bisect_right(times, cut[user])][-options.history :]
+        histories.append(History(sids[past], vectors[past]))
+    anchors = {
+        user: anchors_of(beams, centroids, history).vectors
+        for user, beams, history in zip(
+            enough, generator.generate(histories, trie, options.beams), histories, strict=True
+        )
+    }
+    scores: list[float] = []
+    clicks: list[int] = []
+    later: dict[str, list[Event]] = {}
+    for event in events:
+        if event.user_id in cut and event.ts > cut[event.user_id]:
+            later.setdefault(event.user_id, []).append(event)
+    for user in enough:
+        seen = later.get(user, [])
+        if seen and len(anchors[user]):
+            score, _ = max_cosine(anchors[user], vectors[[row_of[event.item_id] for event in seen]])
+            scores += score.tolist()
+            clicks += [int(event.clicked) for event in seen]
+    fewest = min(sum(clicks), len(clicks) - sum(clicks))
+    if len(clicks) < MIN_CALIBRATION or fewest < MIN_CALIBRATION // 10:
+        warnings.append(
+            f"{len(clicks)} exposures after their user's anchors, {fewest} of the rarer kind: no calibration"
+        )
+        return NoCalibration()
+    return Platt.fit(np.array(scores), np.array(clicks))

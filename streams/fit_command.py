@@ -1,0 +1,35 @@
+"""``gpl fit``: space, quantiser, generator and calibration from a data directory's past."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from streams.settings import load
+
+
+def fit(
+    data: Annotated[Path, typer.Argument(help="Directory with items.jsonl and the past's feedback.jsonl.")],
+    out: Annotated[Path | None, typer.Option("--out", help="A new directory; default: the setting artefacts.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the quantiser and the generator.")] = 0,
+    config: Annotated[Path | None, typer.Option("--config", help="TOML file; default gpl.toml or GPL_CONFIG.")] = None,
+    publish: Annotated[bool, typer.Option(help="Put the calibration on its topic, in force from the start.")] = False,
+) -> None:
+    """Fit what labelling needs from past items and feedback: space, semantic ids, anchor generator, calibration."""
+    # torch and what is built on it are loaded only where something is fitted.
+    from streams.fitting import fit_directory, publish_calibration
+
+    settings = load(config)
+    target = out or settings.artefacts
+    try:
+        artefacts = fit_directory(data, settings, seed, typer.echo)
+        artefacts.save(target)
+    except (FileNotFoundError, FileExistsError, ValueError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(f"artefacts written to {target}")
+    if publish:
+        publish_calibration(settings.kafka, artefacts)
+        typer.echo("calibration published")

@@ -1,0 +1,90 @@
+"""Fitting from our records: what ``gpl fit`` and the demo share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import msgspec
+
+from gpl.artefacts import Artefacts
+from gpl.catalogue import ItemContent
+from gpl.fit import Event, FitOptions
+from gpl.fit import fit as fit_artefacts
+from gpl.space import PRECOMPUTED, SentenceEncoder, choose_encoder
+from streams.contracts import Calibration, Feedback, Item, encode
+from streams.data.reader import records
+from streams.kafka import producer
+from streams.settings import KafkaSettings, Settings
+from streams.topics import full_name
+
+Say = Callable[[str], None]
+
+
+def fit_records(
+    items: Iterable[Item], feedback: Iterable[Feedback], settings: Settings, seed: int, say: Say
+) -> Artefacts:
+    """Fit on items and past feedback. Raises ValueError naming what does not suffice or cannot be encoded."""
+    contents = {item.item_id: ItemContent(item.item_id, item.text, item.embedding) for item in items}
+    if not contents:
+        raise ValueError("items: no valid record, there is nothing to fit")
+    catalogue = list(contents.values())
+    name = choose_encoder(catalogue, settings.space.encoder)
+    encoder = None
+    if name != PRECOMPUTED:
+        encoder = SentenceEncoder(
+            name,
+            settings.space.cache,
+            settings.space.batch_size,
+            lambda done, total: say(f"embedded {done:,} of {total:,} texts"),
+        )
+    generator = settings.generator
+    options = FitOptions(
+        generator=generator.kind,
+        levels=settings.codes.levels,
+        codebook_size=settings.codes.codebook_size,
+        beams=generator.beams,
+        history=generator.history,
+        epochs=generator.epochs,
+        downsample_threshold=generator.downsample_threshold,
+    )
+    events = exposures(feedback)
+    say(f"fitting on {len(catalogue):,} items and {len(events):,} exposures")
+    return fit_artefacts(catalogue, events, encoder, options, seed, say)
+
+
+def fit_directory(data: Path, settings: Settings, seed: int, say: Say) -> Artefacts:
+    """Fit on the valid records of a data directory's ``items.jsonl`` and ``feedback.jsonl``.
+
+    Raises FileNotFoundError for a missing file, ValueError as ``fit_records``.
+    """
+    cap = settings.kafka.max_record_bytes
+    items = records(data / "items.jsonl", Item, cap)
+    return fit_records(items, records(data / "feedback.jsonl", Feedback, cap), settings, seed, say)
+
+
+def exposures(feedback: Iterable[Feedback]) -> list[Event]:
+    """One event an exposure, by time: a click and its impression are one, at the time of the earlier."""
+    found: dict[tuple[str, str, str | None], tuple[int, bool]] = {}
+    for event in feedback:
+        key = (event.user_id, event.item_id, event.request_id)
+        ts, clicked = found.get(key, (event.ts, False))
+        found[key] = (min(ts, event.ts), clicked or event.kind == "click")
+    return sorted((Event(user, item, *when) for (user, item, _), when in found.items()), key=lambda e: (e.ts, e))
+
+
+def calibration_record(artefacts: Artefacts, ts: int = 0) -> Calibration:
+    """The artefacts' calibration as a record in force from ``ts`` on; its version is a hash of what it says."""
+    said = artefacts.calibration.to_dict()
+    version = hashlib.sha256(msgspec.json.encode(said, order="sorted")).hexdigest()[:12]
+    return msgspec.convert({**said, "version": version, "ts": ts}, Calibration)
+
+
+def publish_calibration(kafka: KafkaSettings, artefacts: Artefacts, ts: int = 0) -> Calibration:
+    """Put the calibration on its topic, in force from ``ts`` on, and wait until it is durable."""
+    record = calibration_record(artefacts, ts)
+    with producer(kafka) as out:
+        # Keyed by version: compaction keeps every version, since old requests may still ask for an old one.
+        out.send(full_name(kafka, "calibrations"), key=record.version.encode(), value=encode(record)).get(timeout=30)
+    return record
