@@ -22,10 +22,14 @@ Handler = Callable[[Any], None]
 """Takes one kafka ConsumerRecord (topic, partition, offset, timestamp, key, value, headers)."""
 
 
+class TopicMissingError(ValueError):
+    """A topic that must be there is not."""
+
+
 class LogView:
     """Follows whole topics, or chosen partitions of them, outside any consumer group.
 
-    ``handlers``: topic name without prefix -> handler. Raises ValueError when a topic does not exist.
+    ``handlers``: topic name without prefix -> handler. Raises TopicMissingError when a topic does not exist.
     """
 
     def __init__(
@@ -41,7 +45,7 @@ class LogView:
         for topic in self._handlers:
             found = self._consumer.partitions_for_topic(topic)
             if not found:
-                raise ValueError(f"topic {topic} does not exist; `gpl topics create` makes it")
+                raise TopicMissingError(f"topic {topic} does not exist; `gpl topics create` makes it")
             assignment += [TopicPartition(topic, p) for p in sorted(found) if chosen is None or p in chosen]
         self._consumer.assign(assignment)
         if assignment:

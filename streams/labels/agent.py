@@ -23,11 +23,13 @@ from streams.role import PartitionState, Role
 from streams.settings import LabelSettings, Settings
 from streams.topics import full_name
 from streams.views import AnchorsView, CalibrationView
-from streams.watermark import Watermark
+from streams.watermark import NEVER, Watermark
 
 SOURCES = ("recalls", "feedback")
 RECALL: Cause = "recall"
 FEEDBACK: Cause = "feedback"
+FORGET_EVERY = 60.0
+"""Seconds between looks for anchors that nothing can ask for any more."""
 CLOCK_SKEW_MS = 60_000
 """Producers' clocks are taken to agree within this."""
 
@@ -112,6 +114,8 @@ class LabelsRole(Role[Partition]):
         self._idle_timeout = labels.idle_timeout_wall_seconds or labels.window_seconds + labels.allowed_lateness_seconds
         self._anchors: AnchorsView[AnchorSet] = AnchorsView(self._prepare)
         self._anchors_log: LogView | None = None
+        self._anchors_forgotten = 0.0
+        self._anchors_kept_ms = int((labels.window_seconds + labels.retention_seconds + 86_400) * 1000)
         self.calibrations = CalibrationView(self._calibration_changed)
         """To be fed with the ``calibrations`` topic by whoever follows it for this process."""
 
@@ -184,7 +188,17 @@ class LabelsRole(Role[Partition]):
             if now - partition.last_arrival[source] >= self._idle_timeout:
                 partition.watermark.idle(source)
         await self._settle(number, partition, int(now * 1000))
+        self._forget_anchors(now)
         metrics.OPEN_REQUESTS.set(sum(len(p.joiner) for p in self.partitions.values()))
+
+    def _forget_anchors(self, now: float) -> None:
+        """Let go of anchors that only recalls later than all retention and a day could ask for."""
+        if now - self._anchors_forgotten < FORGET_EVERY or not self.partitions:
+            return
+        self._anchors_forgotten = now
+        oldest = min(partition.watermark.event_time for partition in self.partitions.values())
+        if oldest != NEVER:
+            self._anchors.forget_before(oldest - self._anchors_kept_ms)
 
     # --- what goes out ------------------------------------------------------------------------------------------
 

@@ -1,0 +1,157 @@
+"""The ``gpl`` command: one noun or verb a command, the same ``--config`` everywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+import structlog
+import typer
+from rich.console import Console
+
+from streams import contracts
+from streams.broker.command import app as broker_app
+from streams.data_command import validate
+from streams.demo.command import demo
+from streams.fit_command import fit
+from streams.log_view import TopicMissingError
+from streams.settings import Settings, load
+from streams.topics_command import app as topics_app
+
+app = typer.Typer(
+    name="gpl",
+    help="Streaming generative pseudo-labelling: labels for what users were never shown, a pre-ranker kept fresh.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+config_app = typer.Typer(help="The configuration in force.", no_args_is_help=True)
+app.add_typer(broker_app, name="broker")
+app.add_typer(topics_app, name="topics")
+app.add_typer(config_app, name="config")
+app.command()(demo)
+app.command()(validate)
+app.command()(fit)
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file; default gpl.toml or GPL_CONFIG.")]
+
+
+@app.command()
+def worker(
+    role: Annotated[str, typer.Argument(help="profiles, anchors, labels, or all in one process.")],
+    config: ConfigOption = None,
+) -> None:
+    """Run a worker role until SIGTERM."""
+    from streams import worker as workers
+
+    if role not in ("profiles", "anchors", "labels", "all"):
+        raise typer.BadParameter(f"{role!r} is no role; profiles, anchors, labels or all", param_hint="ROLE")
+    with _clear_errors():
+        workers.run(load(config), role)  # type: ignore[arg-type]
+
+
+@app.command()
+def train(config: ConfigOption = None) -> None:
+    """Run the incremental trainer until SIGTERM."""
+    from streams import metrics
+    from streams.trainer import loop
+
+    settings, stop, health = load(config), threading.Event(), metrics.Health()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    with _clear_errors():
+        _, close = metrics.serve(settings.metrics.host, settings.metrics.port, health)
+        try:
+            loop.run(settings, stop, health, settings.trainer.journal)
+        finally:
+            close()
+
+
+@app.command()
+def serve(config: ConfigOption = None) -> None:
+    """Serve scores over HTTP."""
+    from streams.scoring import server
+
+    with _clear_errors():
+        server.run(load(config))
+
+
+@app.command()
+def schemas(
+    directory: Annotated[Path | None, typer.Option("--out", help="Write one file a topic there.")] = None,
+) -> None:
+    """Print, or write, the JSON Schema of every topic's record."""
+    every = {topic: contracts.json_schema(topic) for topic in contracts.TOPIC_RECORDS}
+    if directory is None:
+        typer.echo(json.dumps(every, indent=2))
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    for topic, schema in every.items():
+        path = directory / f"{topic}.v{contracts.SCHEMA_VERSION}.json"
+        path.write_text(json.dumps(schema, indent=2) + "\n")
+        typer.echo(path)
+
+
+@config_app.command("show")
+def config_show(config: ConfigOption = None) -> None:
+    """Print every setting in force as JSON, secrets redacted."""
+    # mode="json" renders SecretStr as asterisks.
+    typer.echo(json.dumps(load(config).model_dump(mode="json"), indent=2))
+
+
+@contextlib.contextmanager
+def _clear_errors() -> Iterator[None]:
+    """What an operator can put right is one message and exit code 1; anything else keeps its traceback."""
+    from kafka.errors import KafkaError
+
+    from gpl.artefacts import ArtefactsError
+    from gpl.index.base import IndexUnavailable
+
+    try:
+        yield
+    except (FileNotFoundError, ArtefactsError, IndexUnavailable, TopicMissingError, KafkaError) as error:
+        name = "" if str(error) else f"{type(error).__name__} "
+        typer.echo(f"error: {name}{error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def _setting_errors(error: pydantic.ValidationError) -> str:
+    def line(detail: Any) -> str:
+        given = "" if detail["type"] == "missing" else f" (given: {detail['input']!r})"
+        return f"  {'.'.join(str(part) for part in detail['loc'])}: {detail['msg']}{given}"
+
+    return "\n".join(line(detail) for detail in error.errors())
+
+
+def main() -> None:
+    """Entry point of the ``gpl`` script: errors of use are one clear message and exit code 2."""
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.format_exc_info,
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
+        ],
+        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+    )
+    try:
+        app()
+    except FileNotFoundError as error:
+        # The configuration file that was named.
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except pydantic.ValidationError as error:
+        if error.title != Settings.__name__:
+            raise
+        Console(stderr=True).print(f"configuration:\n{_setting_errors(error)}", style="red", markup=False)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
