@@ -61,6 +61,8 @@ def make_app(kafka: KafkaSettings, role: str) -> Any:
         producer_acks=-1,
         producer_linger=0.005,
         stream_recovery_delay=0.0,
+        # Or stopping and every rebalance would wait for events that are held for their window.
+        stream_wait_empty=False,
         **options,
     )
     # An app that is started in a running loop is never "finalised" by a command line.

@@ -39,6 +39,7 @@ class LogView:
         partitions: Iterable[int] | None = None,
     ) -> None:
         self._handlers = {full_name(kafka, name): handler for name, handler in handlers.items()}
+        self._prefix = full_name(kafka, "")
         self._consumer = consumer(kafka, max_poll_records=2000)
         chosen = None if partitions is None else set(partitions)
         assignment = []
@@ -93,7 +94,7 @@ class LogView:
         """Keep current until ``stop``, then close; ``applied`` runs after each round. Sets ``ready`` once caught up."""
         try:
             while not self._stopped:
-                records = await asyncio.to_thread(self.fetch, 0.1)
+                records = await asyncio.to_thread(self.fetch, 0.25)
                 self.apply(records)
                 if not self.ready:
                     self.ready = self.caught_up()
@@ -101,6 +102,16 @@ class LogView:
                     await applied()
         finally:
             self.close()
+
+    def drop(self, name: str) -> None:
+        """Follow a topic no longer. To be called by a handler or by ``applied``, not beside a fetch."""
+        kept = [tp for tp in self._assignment if tp.topic != self._prefix + name]
+        positions = {tp: self._consumer.position(tp) for tp in kept}
+        self._consumer.assign(kept)
+        for tp, position in positions.items():
+            self._consumer.seek(tp, position)
+        self._assignment = kept
+        self._goal = {tp: goal for tp, goal in self._goal.items() if tp in kept}
 
     def stop(self) -> None:
         """Make ``follow`` return after its present round."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import sys
 from typing import Any, Literal
 
 import numpy as np
@@ -187,4 +188,7 @@ def run(settings: Settings, role: RoleName) -> None:
     """Run a worker until SIGTERM or SIGINT. Raises what made it fail."""
     # Requests are small matrices: more threads would only fight over the cores with the other roles.
     torch.set_num_threads(1)
+    # The event loop shares the interpreter with the clients' network threads and the generator; at the default of
+    # 5 ms every send that lets go of the lock may wait that long to get it back.
+    sys.setswitchinterval(0.0005)
     asyncio.run(_main(settings, role))

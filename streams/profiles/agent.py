@@ -83,29 +83,30 @@ class ProfilesRole(Role[Partition]):
         self._catalogue_ready = catalogue_ready
         profiles = settings.profiles
         self._idle_timeout = profiles.idle_timeout_wall_seconds or max(1.0, profiles.allowed_lateness_seconds)
+        self._loading: LogView | None = None
+        # Set once all state is loaded.
         self._state_log: LogView | None = None
 
     def new_partition(self, now: float) -> Partition:
         return Partition(self.settings, now)
 
     def assigned(self, numbers: list[int]) -> None:
-        if self._state_log is not None:
-            self._state_log.stop()
-            self._state_log = None
+        if self._loading is not None:
+            self._loading.stop()
+        self._loading = self._state_log = None
         self.spawn(self._follow_state(self.partitions, numbers))
 
     async def stop(self) -> None:
-        if self._state_log is not None:
-            self._state_log.stop()
+        if self._loading is not None:
+            self._loading.stop()
         await super().stop()
 
     def ready(self) -> bool:
-        return self._catalogue_ready() and self._state_log is not None and self._state_log.ready
+        return self._catalogue_ready() and self._state_log is not None
 
     async def _follow_state(self, partitions: dict[int, Partition], numbers: list[int]) -> None:
         def profile_read(record: Any) -> None:
-            # Once warm, what comes is what this worker wrote itself.
-            if not log.ready and record.value is not None:
+            if record.value is not None:
                 profile = decode(Profile, record.value)
                 partitions[record.partition].profiles[profile.user_id] = profile
 
@@ -129,8 +130,15 @@ class ProfilesRole(Role[Partition]):
         if self.partitions is not partitions:  # another rebalance came first
             log.close()
             return
-        self._state_log = log
-        await log.follow()
+
+        async def own_state_is_known() -> None:
+            # Once warm, what comes on this topic is what this worker writes itself.
+            if self._state_log is None and log.ready:
+                log.drop("profiles")
+                self._state_log = log
+
+        self._loading = log
+        await log.follow(own_state_is_known)
 
     async def take(self, number: int, partition: Partition, source: str, message: Any) -> None:
         feedback = decode(Feedback, message.value or b"")
@@ -150,7 +158,8 @@ class ProfilesRole(Role[Partition]):
 
     async def _settle(self, number: int, partition: Partition) -> None:
         """Apply the clicks that the watermark has passed and ask for the anchors that are needed."""
-        if not self.ready():
+        nothing_due = not partition.waiting or partition.waiting[0].ts > partition.watermark.value()
+        if not self.ready() or (nothing_due and not partition.answered):
             return
         async with partition.lock:
             if self.partitions.get(number) is not partition:
