@@ -15,9 +15,9 @@ from typing import Any, Literal
 import numpy as np
 import structlog
 import torch
-from gpl.artefacts import Artefacts
 from numpy.typing import NDArray
 
+from gpl.artefacts import Artefacts
 from gpl.catalogue import Catalogue
 from gpl.index.base import VectorIndex
 from gpl.space import PRECOMPUTED, SentenceEncoder

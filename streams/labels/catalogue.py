@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import msgspec
 import numpy as np
-from gpl.artefacts import Artefacts
 from numpy.typing import NDArray
 
+from gpl.artefacts import Artefacts
 from gpl.catalogue import ItemContent
 from gpl.index.base import VectorIndex
 from gpl.space import Encoder, raw_vectors

@@ -1,0 +1,136 @@
+"""What a demo can do before it starts, once: convert MovieLens, embed, fit. Kept by the hash of what went in."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import msgspec
+
+import gpl
+from streams.contracts import Calibration, Item, encode
+from streams.data.reader import FILES, records
+from streams.data.validate import content_problem
+from streams.demo import movielens
+from streams.demo.timeline import Split
+from streams.demo.upstream import UpstreamConfig, simulate
+from streams.settings import Settings
+
+Say = Callable[[str], None]
+
+_CONVERTERS = ("movielens.py", "upstream.py")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What was fitted on the first part of the data: ``artefacts`` (a directory) and the calibration to publish."""
+
+    artefacts: Path
+    calibration: Calibration
+
+
+def movielens_directory(root: Path, seed: int, say: Say) -> Path:
+    """MovieLens-100K as a data directory under ``root``, with the simulated upstream; made if it is not there.
+
+    Raises DatasetMissingError.
+    """
+    folder = movielens.locate()
+    config = UpstreamConfig(seed=seed)
+    sources = [Path(__file__).with_name(name).read_bytes() for name in _CONVERTERS]
+    version = importlib.metadata.version("recbole").encode()
+    target = root / f"movielens-{_digest(msgspec.json.encode(asdict(config)), version, *sources)}"
+    if target.is_dir():
+        return target
+    say("converting MovieLens-100K and simulating its upstream")
+    items = movielens.items(folder)
+    with _aside(target) as aside:
+        (aside / "items.jsonl").write_bytes(b"".join(encode(item) + b"\n" for item in items))
+        with (aside / "recalls.jsonl").open("wb") as recalls, (aside / "feedback.jsonl").open("wb") as feedback:
+            for recall, events in simulate(movielens.ratings(folder), [item.item_id for item in items], config):
+                recalls.write(encode(recall) + b"\n")
+                feedback.writelines(encode(event) + b"\n" for event in events)
+    return target
+
+
+def place_of_fit(root: Path, data: Path, fraction: float, seed: int, settings: Settings) -> Path:
+    """Where the fit of these data under these settings is, or would be: named by the hash of all that it depends on."""
+    parts = [settings.space.encoder, settings.codes.model_dump(), settings.generator.model_dump(), fraction, seed]
+    code = sorted(Path(gpl.__file__).parent.rglob("*.py"))
+    return root / f"fitted-{_digest(msgspec.json.encode(parts), *_contents(data), *(p.read_bytes() for p in code))}"
+
+
+def load_fit(artefacts: Path) -> Fitted | None:
+    """The fit that is there, or None. Reads the manifest alone, so that torch stays out of the driver."""
+    path = artefacts / "manifest.json"
+    if not path.is_file():
+        return None
+    said = json.loads(path.read_text(encoding="utf-8"))["calibration"]
+    version = hashlib.sha256(msgspec.json.encode(said, order="sorted")).hexdigest()[:12]
+    # In force from the beginning, whatever the times of the events are.
+    return Fitted(artefacts, msgspec.convert({**said, "version": version, "ts": 0}, Calibration))
+
+
+def carries_embeddings(data: Path, max_bytes: int) -> bool:
+    """Whether the first valid item brings its vector; then all must, and no text is encoded."""
+    first = next(records(data / "items.jsonl", Item, max_bytes), None)
+    return first is not None and first.embedding is not None
+
+
+def fit(data: Path, split: Split, settings: Settings, seed: int, target: Path, say: Say) -> None:
+    """Fit space, quantiser, generator and calibration on the first part, into the new directory ``target``.
+
+    Raises ValueError when the data do not suffice.
+    """
+    # torch and what is built on it: only where something is fitted.
+    from streams.fitting import fit_records
+
+    cap = settings.kafka.max_record_bytes
+    items = _usable(records(data / "items.jsonl", Item, cap))
+    fit_records(items, split.training(data, cap), settings, seed, say).save(target)
+
+
+def _usable(items: Iterable[Item]) -> Iterator[Item]:
+    """What the catalogue will take: the first of each id, without what would end in the dead letters."""
+    dim: int | None = None
+    seen: set[str] = set()
+    for at, item in enumerate(items):
+        size = None if item.embedding is None else len(item.embedding)
+        dim = size if at == 0 else dim
+        if item.item_id not in seen and content_problem(item, size, (1, dim)) is None:
+            seen.add(item.item_id)
+            yield item
+
+
+@contextmanager
+def _aside(target: Path) -> Iterator[Path]:
+    """A directory that becomes ``target`` when the block ends well, so that what is there is whole."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        shutil.rmtree(target, ignore_errors=True)
+        aside.rename(target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _contents(directory: Path) -> Iterator[bytes]:
+    for name in FILES:
+        with (directory / name).open("rb") as handle:
+            yield hashlib.file_digest(handle, "sha256").digest()
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:12]

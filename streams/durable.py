@@ -1,0 +1,56 @@
+"""Directories that are whole or absent: written aside, fsynced, renamed.
+
+A reader, also one that comes after a kill or a power cut, sees the old state or the new one, never a part of it.
+One writer per parent directory is assumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+_ASIDE = ".aside-"
+
+
+def sha256_hex(data: bytes) -> str:
+    """Checksum as manifests carry it: lower-case hex of SHA-256."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames and new entries in a directory survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_directory(target: Path, files: Mapping[str, bytes]) -> None:
+    """Put a directory with exactly these files at ``target``, replacing one of that name.
+
+    Raises OSError when the disk does; ``target`` is then as it was.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(_ASIDE + target.name)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    for name, data in files.items():
+        with (aside / name).open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    sync_directory(aside)
+    if target.exists():
+        shutil.rmtree(target)  # a name is written twice only when the first copy was found to be damaged
+    aside.rename(target)
+    sync_directory(target.parent)
+
+
+def clear_aside(parent: Path) -> None:
+    """Remove what a killed writer left half-written under ``parent``."""
+    for path in parent.glob(f"{_ASIDE}*"):
+        shutil.rmtree(path, ignore_errors=True)

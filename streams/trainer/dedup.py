@@ -1,0 +1,79 @@
+"""Each label once: what of a label record is still to be trained on.
+
+A label record is identified by (request_id, revision). Of a request,
+
+- a revision that is not above the newest one seen is a redelivery: skipped;
+- a correction (a higher revision) trains the exposed items that no earlier revision trained. An item that was trained
+  as shown is not trained again, also when the correction turned it into a click: no label enters the weights twice;
+- the pseudo-labels are trained once, from the first revision that has any.
+
+The window holds the newest ``capacity`` requests; the one seen first leaves first. Within the log a trainer reads
+each offset once (its positions are in the checkpoint), so the window needs to span only how far apart a producer may
+repeat or correct a label.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from streams.contracts import Label
+
+
+class Trained(msgspec.Struct, array_like=True):
+    """What was trained of one request: newest revision, exposed items, whether pseudo-labels were."""
+
+    revision: int
+    exposed: list[str]
+    pseudo: bool
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """What of a record is new. ``exposed``: indices into its exposed columns; ``first``: the request is new."""
+
+    first: bool
+    exposed: list[int]
+    pseudo: bool
+
+
+class DedupWindow:
+    """The newest ``capacity`` requests and what was trained of each. Raises ValueError for a capacity below 1."""
+
+    def __init__(self, capacity: int) -> None:
+        if capacity < 1:
+            raise ValueError(f"capacity: {capacity}, at least 1 expected")
+        self._capacity = capacity
+        self._requests: dict[str, Trained] = {}
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def admit(self, label: Label) -> Fresh | None:
+        """What to train of this record, now counted as trained; None when it is a redelivery."""
+        known = self._requests.get(label.request_id)
+        if known is None:
+            self._requests[label.request_id] = Trained(
+                label.revision, list(label.exposed.item), bool(label.unexposed.item)
+            )
+            if len(self._requests) > self._capacity:
+                del self._requests[next(iter(self._requests))]
+            return Fresh(first=True, exposed=list(range(len(label.exposed.item))), pseudo=bool(label.unexposed.item))
+        if label.revision <= known.revision:
+            return None
+        done = set(known.exposed)
+        fresh = [i for i, item in enumerate(label.exposed.item) if item not in done]
+        pseudo = bool(label.unexposed.item) and not known.pseudo
+        known.revision = label.revision
+        known.exposed += [label.exposed.item[i] for i in fresh]
+        known.pseudo = known.pseudo or pseudo
+        return Fresh(first=False, exposed=fresh, pseudo=pseudo)
+
+    def state(self) -> list[tuple[str, Trained]]:
+        """For the checkpoint, oldest first."""
+        return list(self._requests.items())
+
+    def restore(self, state: list[tuple[str, Trained]]) -> None:
+        """Take over a saved window; of one larger than ``capacity`` the newest stay."""
+        self._requests = dict(state[-self._capacity :])

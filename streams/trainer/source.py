@@ -1,0 +1,145 @@
+"""The labels topic as a deterministic sequence of batches.
+
+Partitions are merged by (Kafka timestamp, partition): of the records that are next in each partition, the oldest goes
+first. So a backlog is trained in the order in which it was published, and the batches that a trainer cuts from a log
+that lies ready depend on the log and the start positions alone, not on how fetches happened to interleave. A
+smaller batch is cut only at the end of the log, after a short wait, so that nothing waits long in a quiet hour.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import structlog
+from kafka import TopicPartition
+
+from streams.kafka import consumer
+from streams.settings import KafkaSettings
+from streams.topics import full_name
+
+log = structlog.get_logger()
+
+STALL_SECONDS = 10.0
+"""Of polling: after it a partition that has records but gives none (no leader) is no longer waited for."""
+BUFFER_BYTES = 256 * 2**20
+"""Of values that wait for another partition; above it that partition counts as stalled too."""
+
+
+class LabelSource:
+    """Reads every partition of the labels topic from given positions, outside any consumer group.
+
+    ``positions``: partition -> next offset; partitions that it does not name start at their earliest record.
+    Raises ValueError when the topic is missing, or when a position lies behind the end of its partition.
+    """
+
+    def __init__(
+        self,
+        kafka: KafkaSettings,
+        positions: Mapping[int, int],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        topic = full_name(kafka, "labels")
+        self._clock = clock
+        self._consumer = consumer(kafka, max_poll_records=200)
+        try:
+            found = self._consumer.partitions_for_topic(topic)
+            if not found:
+                raise ValueError(f"topic {topic} does not exist; `gpl topics create` makes it")
+            self._assignment = {p: TopicPartition(topic, p) for p in sorted(found)}
+            self._consumer.assign(list(self._assignment.values()))
+            self._ends = self._seek(positions)
+        except BaseException:
+            self._consumer.close()
+            raise
+        self._buffers: dict[int, deque[Any]] = {p: deque() for p in self._assignment}
+        self._pending: list[Any] = []
+        self._blocked: dict[int, float] = {}  # partition that the others wait for -> seconds of polling so far
+        self._stalled: set[int] = set()
+
+    def _seek(self, wanted: Mapping[int, int]) -> dict[int, int]:
+        earliest = self._consumer.beginning_offsets(list(self._assignment.values()))
+        ends = self._consumer.end_offsets(list(self._assignment.values()))
+        self.positions: dict[int, int] = {}
+        for p, tp in self._assignment.items():
+            position = wanted.get(p, earliest[tp])
+            if position > ends[tp]:
+                raise ValueError(
+                    f"{tp.topic}, partition {p}: position {position} is behind its end {ends[tp]}; was the topic made "
+                    "anew? Then start from other checkpoints"
+                )
+            if position < earliest[tp]:
+                log.warning("labels_expired", partition=p, lost=earliest[tp] - position)
+                position = earliest[tp]
+            self._consumer.seek(tp, position)
+            self.positions[p] = position
+        return {p: ends[tp] for p, tp in self._assignment.items()}
+
+    def take(self, size: int, wait: float) -> list[Any]:
+        """The next batch: ``size`` records in merge order, fewer at the end of the log after ``wait`` seconds.
+
+        Empty when there is nothing to cut yet; blocks for about ``wait`` seconds at most. ``positions`` moves behind
+        what was returned.
+        """
+        started = self._clock()
+        while True:
+            self._merge(size)
+            if len(self._pending) < size:
+                self._fetch()
+                self._merge(size)
+            if len(self._pending) >= size:
+                return self._cut()
+            if self._clock() - started >= wait:
+                return self._cut() if self._drained() else []
+
+    def lag(self) -> dict[int, int]:
+        """Records behind the known end, per partition."""
+        return {p: max(0, self._end(p) - position) for p, position in self.positions.items()}
+
+    def close(self) -> None:
+        self._consumer.close()
+
+    def _fetch(self) -> None:
+        # Partitions that are ahead are not paused: in kafka-python 3.0.12 a partition that was paused with records in
+        # hand can stay without records for ever after it is resumed.
+        started = self._clock()
+        for tp, records in self._consumer.poll(timeout_ms=50).items():
+            self._buffers[tp.partition].extend(records)
+            self._stalled.discard(tp.partition)
+        waited = self._clock() - started
+        self._blocked = {p: self._blocked.get(p, 0.0) + waited for p in self._buffers if not self._ready(p)}
+        if not self._blocked:
+            return
+        held = sum(len(record.value or b"") for buffer in self._buffers.values() for record in buffer)
+        stalled = [p for p, seconds in self._blocked.items() if seconds > STALL_SECONDS or held > BUFFER_BYTES]
+        if stalled:
+            log.warning("labels_stalled", partitions=stalled, held_bytes=held)
+            self._stalled.update(stalled)
+
+    def _merge(self, size: int) -> None:
+        while len(self._pending) < size and all(self._ready(p) for p in self._buffers):
+            heads = [(buffer[0].timestamp, p) for p, buffer in self._buffers.items() if buffer]
+            if not heads:
+                return
+            self._pending.append(self._buffers[min(heads)[1]].popleft())
+
+    def _cut(self) -> list[Any]:
+        batch, self._pending = self._pending, []
+        for record in batch:
+            self.positions[record.partition] = record.offset + 1
+        return batch
+
+    def _end(self, p: int) -> int:
+        # None until the first fetch of the partition has come back.
+        return max(self._ends[p], self._consumer.highwater(self._assignment[p]) or 0)
+
+    def _ready(self, p: int) -> bool:
+        """Whether the partition's next record is in the buffer, does not exist yet, or is no longer waited for."""
+        if self._buffers[p] or p in self._stalled:
+            return True
+        return bool(self._consumer.position(self._assignment[p]) >= self._end(p))
+
+    def _drained(self) -> bool:
+        return all(not buffer and self._ready(p) for p, buffer in self._buffers.items())

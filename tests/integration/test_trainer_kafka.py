@@ -1,0 +1,374 @@
+"""The trainer and the scorer on the real Apache Kafka: order, recovery from kill -9, and labels to served scores."""
+
+import json
+import multiprocessing
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from prometheus_client import REGISTRY
+
+from gpl.preranker.model import PreRanker
+from streams import kafka as clients
+from streams import models
+from streams.contracts import Exposed, ItemVector, Label, ModelUpdate, Provenance, Unexposed, decode, encode
+from streams.frame import Frame
+from streams.log_view import LogView
+from streams.metrics import Health
+from streams.scoring.scorer import Scorer
+from streams.settings import KafkaSettings, Settings, TrainerSettings
+from streams.topics import full_name
+from streams.trainer.checkpoint import Checkpoint, CheckpointStore
+from streams.trainer.loop import run
+from streams.trainer.source import LabelSource
+from streams.views import vector_bytes
+
+DIM, ITEMS, USERS = 16, 60, 30
+FRAME = Frame(DIM, 1, "encoder-1", "quantiser-1")
+_RNG = np.random.default_rng(3)
+VECTORS, LIKES = (
+    (v / np.linalg.norm(v, axis=1, keepdims=True)).astype(np.float32)
+    for v in (_RNG.normal(size=(ITEMS, DIM)), _RNG.normal(size=(USERS, DIM)))
+)
+
+
+def until(condition: Callable[[], bool], timeout: float = 60.0) -> None:
+    """Wait for a condition, looking every few milliseconds."""
+    for _ in range(int(timeout / 0.005)):
+        if condition():
+            return
+        threading.Event().wait(0.005)
+    raise TimeoutError(f"not within {timeout} s")
+
+
+def label(n: int, rng: np.random.Generator, revision: int = 0) -> Label:
+    user = n % USERS
+    items = rng.permutation(ITEMS)[:15]
+    cosine = (VECTORS[items] @ LIKES[user]).round(6).astype(float)
+    shown = 4 + revision
+    return Label(
+        request_id=f"r{n}",
+        revision=revision,
+        user_id=f"u{user}",
+        ts=1000 + n,
+        outcome="labelled",
+        exposed=Exposed(
+            [f"i{i}" for i in items[:shown]], (cosine[:shown] > 0.1).astype(int).tolist(), cosine[:shown].tolist()
+        ),
+        unexposed=Unexposed(
+            [f"i{i}" for i in items[shown:]],
+            cosine[shown:].tolist(),
+            ((1 + cosine[shown:]) / 2).tolist(),
+            [0.5] * (15 - shown),
+        ),
+        provenance=Provenance(
+            (0, n),
+            [],
+            15,
+            0,
+            None,
+            None,
+            FRAME.encoder,
+            FRAME.quantiser,
+            None,
+            None,
+            "",
+            "feedback" if revision else None,
+        ),
+    )
+
+
+class Topics:
+    """Writes what the other roles would."""
+
+    def __init__(self, kafka: KafkaSettings) -> None:
+        self.kafka = kafka
+        self.producer = clients.producer(kafka)
+        for n in range(ITEMS):
+            item = ItemVector(f"i{n}", vector_bytes(VECTORS[n]), [n], "hash", FRAME.encoder, FRAME.quantiser)
+            self.send("item-vectors", item.item_id, encode(item))
+        self.producer.flush()
+
+    def send(self, topic: str, key: str, value: bytes | None, headers: Any = (), **where: Any) -> None:
+        self.producer.send(full_name(self.kafka, topic), key=key.encode(), value=value, headers=list(headers), **where)
+
+    def label(self, record: Label, **where: Any) -> None:
+        self.send("labels", record.user_id, encode(record), [("gpl-newest-at", b"%d" % (10**12 + record.ts))], **where)
+
+    def read(self, topic: str) -> list[Any]:
+        found: list[Any] = []
+        with closing(LogView(self.kafka, {topic: found.append})) as view:
+            view.warm_up()
+        return found
+
+
+@pytest.fixture
+def topics(kafka_settings: KafkaSettings) -> Iterator[Topics]:
+    made = Topics(kafka_settings)
+    yield made
+    made.producer.close()
+
+
+def settings_of(kafka: KafkaSettings, directory: Path, **trainer: Any) -> Settings:
+    chosen: dict[str, Any] = {
+        "checkpoints": directory / "checkpoints",
+        "models": directory / "models",
+        "dim": 8,
+        "batch_records": 4,
+        "shadow": True,
+        "window_records": 200,
+        "publish_min_records": 50,
+        **trainer,
+    }
+    return Settings(kafka=kafka, trainer=TrainerSettings(**chosen))
+
+
+# The source
+
+
+def test_a_ready_log_is_cut_into_the_same_batches_from_wherever_one_starts(topics: Topics) -> None:
+    rng = random.Random(1)
+    for n in range(200):
+        topics.send("labels", "k", b"%d" % n, partition=rng.choice([0, 0, 1]), timestamp_ms=10_000 + n // 3)
+    topics.producer.flush()
+    with closing(LabelSource(topics.kafka, {})) as source:
+        batches, starts = [], []
+        while True:
+            starts.append(dict(source.positions))
+            batch = source.take(16, wait=0.0)
+            if not batch and sum(source.lag().values()) == 0:
+                break
+            if batch:
+                batches.append([(r.partition, r.offset) for r in batch])
+            else:
+                starts.pop()
+    records = [at for batch in batches for at in batch]
+    assert [len(batch) for batch in batches] == [16] * 12 + [8]
+    assert len(set(records)) == 200 and {p for p, _ in records} == {0, 1}
+    # In order within a partition, and across partitions by time.
+    for p in (0, 1):
+        assert [offset for q, offset in records if q == p] == list(range(sum(q == p for q, _ in records)))
+    for start in (3, 9):
+        with closing(LabelSource(topics.kafka, starts[start])) as resumed:
+            taken: list[Any] = []
+            until(lambda resumed=resumed, taken=taken: bool(taken.extend(resumed.take(16, wait=0.0)) or taken))
+        assert [(r.partition, r.offset) for r in taken] == batches[start]
+
+
+def test_batches_follow_the_time_of_publication_across_partitions(topics: Topics) -> None:
+    for n in range(60):
+        topics.send("labels", "k", b"%d" % n, partition=n % 3, timestamp_ms=5_000 + n)
+    topics.producer.flush()
+    taken: list[int] = []
+    with closing(LabelSource(topics.kafka, {})) as source:
+        until(lambda: bool(taken.extend(int(r.value) for r in source.take(7, wait=0.0)) or len(taken) == 60))
+        assert source.positions == {0: 20, 1: 20, 2: 20}
+        assert taken == list(range(60))
+        topics.send("labels", "k", b"60", partition=1)
+        topics.producer.flush()
+        until(lambda: bool(taken.extend(int(r.value) for r in source.take(7, wait=0.0)) or len(taken) == 61))
+
+
+def test_a_position_behind_the_end_is_refused(topics: Topics) -> None:
+    with pytest.raises(ValueError, match=r"partition 2: position 5 is behind its end 0"):
+        LabelSource(topics.kafka, {2: 5})
+
+
+# Recovery
+
+
+def newest(checkpoints: Path) -> int:
+    """Step of the newest checkpoint."""
+    return max((int(path.name[5:]) for path in checkpoints.glob("step-*")), default=0)
+
+
+def saved(checkpoints: Path) -> int:
+    """Label records behind the newest checkpoint."""
+    try:
+        manifest = (checkpoints / f"step-{newest(checkpoints):08d}" / "manifest.json").read_text()
+    except FileNotFoundError:  # none yet, or just retired
+        return 0
+    return sum(json.loads(manifest)["positions"].values())
+
+
+def final(settings: Settings) -> Checkpoint:
+    checkpoint = CheckpointStore(settings.trainer.checkpoints, 3).load_newest()
+    assert checkpoint is not None
+    return checkpoint
+
+
+@contextmanager
+def running(settings: Settings, health: Health) -> Iterator[None]:
+    """A trainer in a thread, stopped and joined at the end. Raises what it raised."""
+    stop, failures = threading.Event(), []
+
+    def train() -> None:
+        try:
+            run(settings, stop, health, frame=FRAME)
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(60)
+        assert not thread.is_alive()
+    if failures:
+        raise failures[0]
+
+
+# One server process has torch loaded, with what its first optimizer imports; each trainer is a fork of it.
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["streams.trainer.loop", "torch._dynamo"])
+
+
+class Trainer:
+    """A trainer in a process of its own."""
+
+    def __init__(self, settings: Settings, journal: Path) -> None:
+        self.stop = _PROCESSES.Event()
+        self.process = _PROCESSES.Process(target=run, args=(settings, self.stop, None, journal, FRAME), daemon=True)
+        self.process.start()
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        until(lambda: condition() or self.process.exitcode is not None, timeout=120)
+        assert self.process.exitcode is None, "the trainer has ended by itself; its output tells why"
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join(60)
+        assert self.process.exitcode == -signal.SIGKILL
+
+    def finish(self) -> None:
+        self.stop.set()
+        self.process.join(60)
+        assert self.process.exitcode == 0
+
+
+def fill(topics: Topics, count: int) -> dict[str, int]:
+    """A log with redeliveries, corrections and records that are no labels. Returns what of each."""
+    rng = np.random.default_rng(8)
+    bad = [b"{", b'{"request_id": 1}', b"\xff\xfe", encode(label(1, rng)).replace(b'"revision":0', b'"revision":-2')]
+    counts = {"bad": 0, "again": 0, "corrected": 0}
+    sent: list[Label] = []
+    for n in range(count):
+        record = label(n, rng)
+        sent.append(record)
+        topics.label(record)
+        if n % 10 == 3:
+            topics.label(sent[int(rng.integers(len(sent)))])
+            counts["again"] += 1
+        if n % 25 == 7:
+            topics.label(label(n - 5, rng, revision=1))
+            counts["corrected"] += 1
+        if n % 50 == 9:
+            topics.send("labels", f"u{n % USERS}", bad[counts["bad"] % len(bad)])
+            counts["bad"] += 1
+    topics.producer.flush()
+    return counts
+
+
+def test_kill_9_at_any_moment_trains_each_label_once(topics: Topics, tmp_path: Path) -> None:
+    count = 800
+    counts = fill(topics, count)
+    total = count + sum(counts.values())
+    often = {"checkpoint_every_wall_seconds": 0.1, "publish_every_wall_seconds": 0.3}
+
+    calm_settings = settings_of(topics.kafka, tmp_path / "calm", model_name="calm", **often)
+    calm_journal = tmp_path / "calm.jsonl"
+    calm = Trainer(calm_settings, calm_journal)
+    calm.wait_for(lambda: saved(calm_settings.trainer.checkpoints) == total)
+    calm.finish()
+
+    settings = settings_of(topics.kafka, tmp_path / "killed", model_name="killed", **often)
+    journal = tmp_path / "killed.jsonl"
+    # The journal grows between checkpoints too, so a kill at a size of it comes at any moment of the trainer's round.
+    targets = sorted(random.Random().sample(range(1, int(0.95 * calm_journal.stat().st_size)), 5))
+    for target in targets:
+        killed = Trainer(settings, journal)
+        killed.wait_for(lambda target=target: journal.exists() and journal.stat().st_size >= target)
+        killed.kill()
+    killed = Trainer(settings, journal)
+    killed.wait_for(lambda: saved(settings.trainer.checkpoints) == total)
+    killed.finish()
+
+    ours, theirs = final(settings), final(calm_settings)
+    assert ours.step == theirs.step and ours.positions == theirs.positions
+    for part in ("model", "shadow"):
+        assert ours.tensors[part].keys() == theirs.tensors[part].keys()
+        for name, tensor in theirs.tensors[part].items():
+            assert torch.equal(ours.tensors[part][name], tensor), f"killed at {targets}: {part}.{name}"
+    same = journal.read_bytes() == calm_journal.read_bytes()  # pytest's diff of the two takes minutes
+    assert same, f"killed at {targets}: the journals differ"
+    evaluated = [json.loads(line) for line in journal.read_text().splitlines()]
+    assert {line["request_id"] for line in evaluated} == {f"r{n}" for n in range(count)}
+    assert sum(line["kind"] == "score" for line in evaluated) == 4 * count
+
+    # Every bad record has a dead letter with its bytes and origin; both trainers wrote theirs, a killed one may repeat.
+    origins = [dict(record.headers) for record in topics.read("dead-letters")]
+    assert len({(at["gpl-partition"], at["gpl-offset"]) for at in origins}) == counts["bad"]
+    assert len(origins) >= 2 * counts["bad"]
+
+    versions = [
+        update.version
+        for update in (decode(ModelUpdate, r.value) for r in topics.read("model-updates"))
+        if update.model == "killed"
+    ]
+    assert versions == sorted(set(versions)) and len(versions) >= 2
+
+
+# From labels to served scores
+
+
+def test_labels_become_a_served_model_and_bad_ones_dead_letters(topics: Topics, tmp_path: Path) -> None:
+    settings = settings_of(
+        topics.kafka, tmp_path, publish_every_wall_seconds=0.2, checkpoint_every_wall_seconds=0.2, shadow=False
+    )
+    rng = np.random.default_rng(4)
+    health = Health()
+    with Scorer(settings, FRAME) as scorer:
+        with running(settings, health):
+            until(lambda: not health.waiting())
+            assert scorer.model_version is None
+            topics.send("labels", "u1", b'{"not": "a label"}')
+            topics.send("labels", "u1", None)
+            for n in range(120):
+                topics.label(label(n, rng))
+            topics.producer.flush()
+            until(lambda: scorer.model_version is not None)
+            first = scorer.model_version
+            for n in range(120, 240):
+                topics.label(label(n, rng))
+            topics.producer.flush()
+            until(lambda: scorer.model_version != first)
+            until(lambda: saved(settings.trainer.checkpoints) == 242)
+        last = decode(ModelUpdate, topics.read("model-updates")[-1].value)
+        until(lambda: scorer.model_version == last.version)
+        scored = scorer.score("u7", [f"i{n}" for n in range(ITEMS)])
+    assert sum(last.source_offsets.values()) == 242
+    assert last.newest_event_ts == 1239
+    assert {"auc", "gauc", "log_loss", "hr10", "model_age_seconds"} <= last.metrics.keys()
+    published = models.read(models.path_of(last.uri), last.checksum)
+    network = PreRanker(DIM, 8, 0)
+    network.load_state_tensors(published.weights)
+    items = [f"i{n}" for n in range(ITEMS)]
+    rows = np.array([published.ids.items.index(item) + 1 for item in items])
+    expected = network.score(published.ids.users.index("u7") + 1, rows, VECTORS, None)
+    assert dict(zip(scored.items, scored.scores, strict=True)) == pytest.approx(
+        dict(zip(items, expected.tolist(), strict=True)), abs=1e-6
+    )
+    dead = topics.read("dead-letters")
+    assert sorted((r.value or b"") for r in dead) == [b"", b'{"not": "a label"}']
+    assert all(dict(r.headers)["gpl-topic"] == full_name(topics.kafka, "labels").encode() for r in dead)
+    assert health.stalled() == []
+    assert REGISTRY.get_sample_value("gpl_progressive", {"metric": "auc", "model": "gpl"}) is not None

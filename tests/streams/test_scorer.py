@@ -1,0 +1,263 @@
+"""The scorer against the formula in numpy, and what it does with changes, bad models and bad records.
+
+Records go in by the handlers that the scorer gives to its log view; the way over the real Kafka is in
+tests/integration/test_trainer_kafka.py.
+"""
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from prometheus_client import REGISTRY
+
+from gpl.preranker.model import PreRanker
+from streams import models
+from streams.contracts import ItemVector, ModelUpdate, Record, UserAnchors, encode
+from streams.frame import Frame
+from streams.metrics import Health
+from streams.scoring.scorer import NotReadyError, Scorer
+from streams.settings import Settings, TrainerSettings
+from streams.views import vector_bytes
+
+DIM, LEVELS = 8, 2
+FRAME = Frame(DIM, LEVELS, "encoder-1", "quantiser-1")
+ITEMS = [f"i{n}" for n in range(12)]
+USERS = ["u1", "u2"]
+
+
+@dataclass
+class Message:
+    key: bytes
+    value: bytes | None
+    topic: str = "state"
+    partition: int = 0
+    offset: int = 0
+
+
+def unit(rows: int, seed: int) -> np.ndarray:
+    vectors = np.random.default_rng(seed).normal(size=(rows, DIM)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+VECTORS = dict(zip(ITEMS, unit(len(ITEMS), 1), strict=True))
+
+
+class World:
+    """A scorer, and the hands that write its topics."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.health = Health()
+        settings = Settings(trainer=TrainerSettings(models=directory, dim=4))
+        self.scorer = Scorer(settings, FRAME, self.health)
+
+    def write(self, topic: str, key: str, record: Record | None) -> None:
+        self.scorer.handlers[topic](Message(key.encode(), None if record is None else encode(record)))
+
+    def item(self, item_id: str, vector: np.ndarray, encoder: str = FRAME.encoder) -> None:
+        record = ItemVector(item_id, vector_bytes(vector), [1, 2], "hash", encoder, FRAME.quantiser)
+        self.write("item-vectors", item_id, record)
+
+    def anchors(self, user_id: str, ts: int, vectors: np.ndarray) -> None:
+        k = len(vectors)
+        record = UserAnchors(
+            user_id,
+            ts,
+            ts,
+            [[0, 0]] * k,
+            [-1.0] * k,
+            vector_bytes(vectors),
+            [0.5] * k,
+            [],
+            "g",
+            "quantiser-1",
+            "encoder-1",
+        )
+        self.write("user-anchors", user_id, record)
+
+    def model(self, seed: int, encoder: str = FRAME.encoder, users: list[str] = USERS) -> tuple[PreRanker, ModelUpdate]:
+        """A pre-ranker with every weight off its start, published; not yet announced."""
+        network = PreRanker(DIM, 4, seed)
+        network.grow(3, 8)
+        rng = np.random.default_rng(seed)
+        network.observe(rng.normal(size=50).astype(np.float32))
+        for name, parameter in network.named_parameters():
+            rows = {"users": 3, "items": 8, "item_bias": 8}.get(name)
+            values = parameter.data if rows is None else parameter.data[1:rows]
+            values += values.new_tensor(rng.normal(size=tuple(values.shape)))
+        number = models.next_number(self.directory)
+        manifest = models.Manifest(
+            model="preranker",
+            version=models.version_name(number, seed),
+            step=seed,
+            config={"dim": 4, "dim_content": DIM},
+            encoder=encoder,
+            quantiser=FRAME.quantiser,
+            source_offsets={},
+            newest_event_ts=0,
+            published_at=0,
+            metrics={},
+        )
+        directory, checksum = models.write(
+            self.directory, manifest, network.state_tensors(), models.Ids(users, ITEMS[:7])
+        )
+        return network, ModelUpdate("preranker", manifest.version, directory.as_uri(), checksum, {}, 0, {})
+
+    def announce(self, update: ModelUpdate) -> None:
+        self.write("model-updates", update.model, update)
+        self.scorer.refresh()
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    made = World(tmp_path)
+    for item_id in ITEMS[:10]:
+        made.item(item_id, VECTORS[item_id])
+    made.anchors("u1", 100, unit(3, 7))
+    return made
+
+
+def by_formula(network: PreRanker, user_id: str, item_id: str, anchors: np.ndarray | None) -> float:
+    weights = {name: tensor.double().numpy() for name, tensor in network.state_tensors().items()}
+    user_row = USERS.index(user_id) + 1 if user_id in USERS else 0
+    item_row = ITEMS.index(item_id) + 1 if item_id in ITEMS[:7] else 0
+    vector = VECTORS[item_id].astype(np.float64)
+    user = weights["default"] + weights["users"][user_row]
+    tower = user @ (weights["content"] @ vector + weights["items"][item_row])
+    tower += weights["item_bias"][item_row, 0] + weights["bias"]
+    if anchors is None:
+        return float(tower + weights["w_missing"])
+    count, mean, squares = weights["score_moments"]
+    cosine = (anchors.astype(np.float64) @ vector).max()
+    return float(tower + weights["w_score"] * (cosine - mean) / np.sqrt(squares / count))
+
+
+@pytest.mark.parametrize(("user_id", "anchors"), [("u1", unit(3, 7)), ("u2", None), ("nobody", None)])
+def test_scores_are_those_of_the_formula(world: World, user_id: str, anchors: np.ndarray | None) -> None:
+    network, update = world.model(5)
+    world.announce(update)
+    scored = world.scorer.score(user_id, ITEMS[:10])
+    assert scored.model_version == update.version and scored.unknown == []
+    expected = {item: by_formula(network, user_id, item, anchors) for item in ITEMS[:10]}
+    assert scored.items == sorted(expected, key=lambda item: -expected[item])
+    assert scored.scores == pytest.approx([expected[item] for item in scored.items], abs=1e-5)
+
+
+def test_items_without_a_vector_come_last_and_are_named(world: World) -> None:
+    world.announce(world.model(5)[1])
+    scored = world.scorer.score("u1", ["i11", "i1", "gone", "i2"])
+    assert scored.items[2:] == scored.unknown == ["i11", "gone"]
+    assert sorted(scored.items[:2]) == ["i1", "i2"]
+    assert scored.scores[2:] == [None, None] and None not in scored.scores[:2]
+    nothing = world.scorer.score("u1", ["gone"])
+    assert (nothing.items, nothing.scores, nothing.unknown) == (["gone"], [None], ["gone"])
+
+
+def test_a_new_item_scores_from_content_as_soon_as_it_has_a_vector(world: World) -> None:
+    network, update = world.model(5)
+    world.announce(update)
+    world.item("i11", VECTORS["i11"])
+    scored = world.scorer.score("u1", ["i11"])
+    assert scored.scores == pytest.approx([by_formula(network, "u1", "i11", unit(3, 7))], abs=1e-5)
+    world.write("item-vectors", "i11", None)
+    assert world.scorer.score("u1", ["i11"]).unknown == ["i11"]
+
+
+def test_the_newest_anchors_by_event_time_are_used(world: World) -> None:
+    network, update = world.model(5)
+    world.announce(update)
+    world.anchors("u1", 300, unit(2, 8))
+    world.anchors("u1", 200, unit(2, 9))  # arrives late
+    expected = by_formula(network, "u1", "i1", unit(2, 8))
+    assert world.scorer.score("u1", ["i1"]).scores == pytest.approx([expected], abs=1e-5)
+    world.write("user-anchors", "u1", None)
+    expected = by_formula(network, "u1", "i1", None)
+    assert world.scorer.score("u1", ["i1"]).scores == pytest.approx([expected], abs=1e-5)
+
+
+def test_without_a_model_it_is_not_ready(world: World) -> None:
+    assert world.health.waiting() == ["model"]
+    with pytest.raises(NotReadyError):
+        world.scorer.score("u1", ["i1"])
+    world.announce(world.model(5)[1])
+    assert world.health.waiting() == []
+
+
+def refusals() -> float:
+    return REGISTRY.get_sample_value("gpl_models_refused_total") or 0.0
+
+
+def test_a_damaged_model_is_refused_and_the_old_one_stays(world: World) -> None:
+    _, good = world.model(5)
+    world.announce(good)
+    before = world.scorer.score("u1", ITEMS)
+    _, bad = world.model(6)
+    weights = models.path_of(bad.uri) / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-3] ^= 4
+    weights.write_bytes(data)
+    count = refusals()
+    world.announce(bad)
+    assert refusals() == count + 1
+    assert world.scorer.score("u1", ITEMS) == before
+
+
+def test_models_that_do_not_fit_are_refused(world: World) -> None:
+    _, good = world.model(5)
+    world.announce(good)
+    _, elsewhere = world.model(6, encoder="encoder-2")
+    _, short = world.model(7, users=["u1"])
+    _, gone = world.model(8)
+    remote = ModelUpdate("preranker", "v9", "s3://bucket/v9", "0" * 64, {}, 0, {})
+    unseen = ModelUpdate("preranker", "v9", gone.uri + "-gone", gone.checksum, {}, 0, {})
+    for update in (elsewhere, short, remote, unseen):
+        count = refusals()
+        world.announce(update)
+        assert refusals() == count + 1
+        assert world.scorer.model_version == good.version
+
+
+def test_only_the_announcements_of_the_served_name_count(world: World) -> None:
+    _, update = world.model(5)
+    world.announce(ModelUpdate("other", update.version, update.uri, update.checksum, {}, 0, {}))
+    assert world.scorer.model_version is None
+
+
+@pytest.mark.parametrize("topic", ["item-vectors", "user-anchors", "model-updates"])
+@pytest.mark.parametrize("value", [b"{", b'{"item_id": 3}', b"\xff"])
+def test_a_record_that_cannot_be_read_is_skipped(world: World, topic: str, value: bytes) -> None:
+    world.announce(world.model(5)[1])
+    before = world.scorer.score("u1", ITEMS)
+    world.scorer.handlers[topic](Message(b"preranker", value))
+    world.item("i1", 3 * VECTORS["i1"])  # not of unit length
+    world.item("i2", VECTORS["i3"], encoder="encoder-2")  # of another space
+    assert world.scorer.score("u1", ITEMS) == before
+
+
+def test_a_request_never_mixes_two_versions(world: World) -> None:
+    updates = [world.model(seed)[1] for seed in (5, 6)]
+    expected = {}
+    for update in updates:
+        world.announce(update)
+        expected[update.version] = world.scorer.score("u1", ITEMS)
+    done = threading.Event()
+
+    def reload() -> None:
+        for _ in range(40):
+            for update in updates:
+                world.announce(update)
+        done.set()
+
+    thread = threading.Thread(target=reload)
+    thread.start()
+    seen = set()
+    while not done.is_set() or len(seen) < 2:
+        scored = world.scorer.score("u1", ITEMS)
+        assert scored == expected[scored.model_version]
+        seen.add(scored.model_version)
+        if done.is_set():
+            break
+    thread.join()
+    assert world.scorer.model_version == updates[1].version
