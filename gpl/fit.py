@@ -161,7 +161,7 @@ def _calibration(
     seed: int,
     warnings: list[str],
 ) -> Platt | NoCalibration:
-    """Platt on exposures that come after what their user's anchors were made from: the earlier half of the positives."""
+    """Platt on exposures after their user's anchors, which are made from the earlier half of the positives."""
     enough = sorted(user for user, found in positives.items() if len(found.rows) >= 4)
     if len(enough) > options.calibration_users:
         chosen = np.random.default_rng(seed).choice(len(enough), options.calibration_users, replace=False)

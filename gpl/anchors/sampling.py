@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +48,7 @@ def windows(sequences: Sequence[IntArray], size: int, rng: np.random.Generator |
         n = len(sequence)
         offset = n % size if rng is None or n <= size else int(rng.integers(size))
         edges = [0, *range(offset, n, size), n]
-        cut.extend(sequence[a:b] for a, b in zip(edges, edges[1:], strict=False) if b > a)
+        cut.extend(sequence[a:b] for a, b in pairwise(edges) if b > a)
     return cut
 
 
@@ -66,5 +67,5 @@ def batches(
         else:
             groups.append([cut[index]])
     if rng is not None:
-        rng.shuffle(groups)  # type: ignore[arg-type]
+        rng.shuffle(groups)
     yield from groups

@@ -39,8 +39,9 @@ class Schedule:
 def token_batch(cut: Sequence[IntArray], shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
     """Right-padded windows as tokens (b, n * levels), item positions (n * levels,), target codes (b, n, levels).
 
-    ``tokens`` is BOS and every token but the last; each predicts the code at the same place of the targets. Padding needs no attention mask: it
-    comes after everything real and attention is causal. Its targets are `PADDING`.
+    ``tokens`` is BOS and every token but the last; each predicts the code at the same place of the
+    targets. Padding needs no attention mask: it comes after everything real and attention
+    is causal. Its targets are `PADDING`.
     """
     n = max(map(len, cut))
     codes = np.full((len(cut), n, shape.levels), PADDING, dtype=np.int64)
@@ -121,7 +122,7 @@ def train(
                 group["lr"] = schedule.learning_rate * rate(step, total, schedule.warmup)
             loss, items = loss_of(model, batch, device)
             optimiser.zero_grad()
-            (loss / items).backward()
+            (loss / items).backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
             step += 1

@@ -95,7 +95,7 @@ class SidTransformer(nn.Module):
         super().__init__()
         self.shape = shape
         self.tokens = nn.Embedding(shape.levels * shape.codebook_size + 1, shape.dim)
-        # One position an item, not a token: the token itself says its level. 0 is BOS; history + 1 is what is generated.
+        # One position an item, not a token: the token itself says its level. 0: BOS; history + 1: what is generated.
         self.slots = nn.Embedding(shape.history + 2, shape.dim)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.dim, eps=1e-6)
@@ -111,8 +111,8 @@ class SidTransformer(nn.Module):
     def forward(self, tokens: Tensor, slots: Tensor, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
         """Hidden states (batch, n, dim) of ``tokens`` (batch, n) at item positions ``slots`` (n,).
 
-        With a cache the tokens come after what it holds, and are added to it. ``mask``: (batch, 1, n, keys) bool, true
-        where a token may attend; without one attention is causal, which is right only for an empty cache.
+        With a cache the tokens come after what it holds, and are added to it. ``mask``: (batch, 1, n, keys) bool,
+        true where a token may attend; without one attention is causal, which is right only for an empty cache.
         """
         x = F.dropout(self.tokens(tokens) + self.slots(slots), self.shape.dropout, self.training)
         for layer, block in enumerate(self.blocks):

@@ -59,7 +59,7 @@ class Released:
 
 
 class Joiner:
-    """One partition. Feedback counts for ``window_ms`` after its recall, and corrects for ``retention_ms`` after that."""
+    """One partition. Feedback counts for ``window_ms`` after its recall, and corrects ``retention_ms`` longer."""
 
     def __init__(self, window_ms: int, retention_ms: int) -> None:
         self._window = window_ms
