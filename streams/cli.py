@@ -52,8 +52,9 @@ def worker(
 
     if role not in ("profiles", "anchors", "labels", "all"):
         raise typer.BadParameter(f"{role!r} is no role; profiles, anchors, labels or all", param_hint="ROLE")
+    settings = load(config)
     with _clear_errors():
-        workers.run(load(config), role)  # type: ignore[arg-type]
+        workers.run(settings, role)  # type: ignore[arg-type]
 
 
 @app.command()
@@ -78,8 +79,9 @@ def serve(config: ConfigOption = None) -> None:
     """Serve scores over HTTP."""
     from streams.scoring import server
 
+    settings = load(config)
     with _clear_errors():
-        server.run(load(config))
+        server.run(settings)
 
 
 @app.command()

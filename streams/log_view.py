@@ -12,11 +12,15 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
+import structlog
 from kafka import TopicPartition
 
+from streams import metrics
 from streams.kafka import consumer
 from streams.settings import KafkaSettings
 from streams.topics import full_name
+
+log = structlog.get_logger()
 
 Handler = Callable[[Any], None]
 """Takes one kafka ConsumerRecord (topic, partition, offset, timestamp, key, value, headers)."""
@@ -66,9 +70,19 @@ class LogView:
         return [record for batch in batches.values() for record in batch]
 
     def apply(self, records: Iterable[Any]) -> None:
-        """Run the handlers over fetched records, in order."""
+        """Run the handlers over fetched records, in order. A record that its handler cannot use is passed over."""
         for record in records:
-            self._handlers[record.topic](record)
+            try:
+                self._handlers[record.topic](record)
+            except ValueError as error:  # msgspec's errors of decoding are ValueErrors too
+                metrics.STATE_RECORDS_SKIPPED.labels(record.topic).inc()
+                log.error(
+                    "record passed over",
+                    topic=record.topic,
+                    partition=record.partition,
+                    offset=record.offset,
+                    error=str(error),
+                )
             self._applied[TopicPartition(record.topic, record.partition)] = record.offset + 1
 
     def caught_up(self) -> bool:

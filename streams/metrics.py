@@ -24,6 +24,9 @@ _DELAYS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 # Every consumer.
 EVENTS = Counter("gpl_events_total", "Records read and processed", ["topic"])
 DEAD_LETTERS = Counter("gpl_dead_letters_total", "Records written to the dead letters", ["topic", "reason"])
+STATE_RECORDS_SKIPPED = Counter(
+    "gpl_state_records_skipped_total", "Records of state topics that could not be used", ["topic"]
+)
 HEARTBEAT = Gauge("gpl_heartbeat_timestamp_seconds", "When a processing loop last made progress", ["loop"])
 CONSUMER_LAG = Gauge("gpl_consumer_lag", "Records behind the end of a partition", ["topic", "partition"])
 

@@ -1,96 +1,115 @@
-"""Anchors without a language model: the centres of what the user liked. Ours: a fallback, and a baseline to beat."""
+"""Anchors without a language model: the user's own past, clustered. (ours)
+
+The fallback where there is too little data to train an LM, and the baseline that one has to beat.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
+import numpy.typing as npt
 
-from gpl.anchors.base import GENERATOR_FILE, Beams, FloatArray, History, IntArray
+from gpl.anchors.base import GENERATOR_FILE, Beams, FloatArray, History
 from gpl.codes.trie import SidTrie
 
-_ITERATIONS = 10
+Ints = npt.NDArray[np.int64]
 
 
+@dataclass(frozen=True)
 class HistoryClusters:
-    """Clusters the history's vectors and answers, for each cluster, the SID of its most central item.
+    """Spherical k-means on the vectors of the recent positives; an anchor is the SID nearest to a cluster's mean.
 
-    Spherical k-means, seeded by farthest-first from the most recent item, so nothing is random. ``logprob`` is the
-    log of the cluster's share of the history. Asking for more beams than there are distinct SIDs in the history gives
-    fewer. Every SID returned was met by the user and is in the trie.
+    Nearest among the SIDs of the history that the trie still holds, so that no catalogue is needed. ``logprob`` is
+    the log of the cluster's share of the history. Deterministic: k-means starts from the newest item and the points
+    farthest from those chosen before (Gonzalez 1985).
     """
 
-    kind = "history"
+    history: int = 50
+    """Most recent items that are read."""
+    rounds: int = 10
+    """Lloyd's rounds, at most."""
+
+    kind: ClassVar[str] = "history"
+
+    def __post_init__(self) -> None:
+        for name in ("history", "rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)}, must be at least 1")
 
     @property
     def version(self) -> str:
-        return f"{self.kind}-1"
+        """``history-`` and a hash of the configuration."""
+        return f"{self.kind}-{hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]}"
 
     def generate(self, histories: Sequence[History], trie: SidTrie, beams: int) -> list[Beams]:
+        """One `Beams` a history, in order; see `AnchorGenerator`. Empty where no item of the history is in the trie."""
         if beams < 1:
-            raise ValueError(f"beams must be at least 1, got {beams}")
-        return [_beams(history, trie, beams) for history in histories]
+            raise ValueError(f"beams: {beams}, must be at least 1")
+        return [self._generate(history.last(self.history), trie, beams) for history in histories]
+
+    def _generate(self, history: History, trie: SidTrie, beams: int) -> Beams:
+        known = np.fromiter((trie.contains(sid) for sid in history.sids.tolist()), bool, count=len(history))
+        sids, vectors = history.sids[known], history.vectors[known]
+        if not len(sids):
+            return Beams(np.zeros((0, trie.levels), np.int32), np.zeros(0, np.float32))
+        clusters = _cluster(vectors, beams, self.rounds)
+        # Two clusters may have the same nearest SID: they are one anchor, with both shares.
+        weight: dict[tuple[int, ...], int] = {}
+        for cluster in np.unique(clusters):
+            members = clusters == cluster
+            nearest = int(np.argmax(vectors @ vectors[members].sum(axis=0)))
+            sid = tuple(sids[nearest].tolist())
+            weight[sid] = weight.get(sid, 0) + int(members.sum())
+        ranked = sorted(weight.items(), key=lambda entry: (-entry[1], entry[0]))
+        shares = np.array([count for _, count in ranked]) / len(sids)
+        return Beams(np.array([sid for sid, _ in ranked], np.int32), np.log(shares).astype(np.float32))
 
     def save(self, directory: Path) -> None:
+        """Write ``generator.json`` into ``directory``, which is made if need be."""
         directory.mkdir(parents=True, exist_ok=True)
-        description = {"kind": self.kind, "version": self.version}
+        description = {"kind": self.kind, "version": self.version, **asdict(self)}
         (directory / GENERATOR_FILE).write_text(json.dumps(description, indent=2) + "\n")
 
     @classmethod
     def load(cls, directory: Path) -> HistoryClusters:
-        """There is nothing to load but the kind. Raises ValueError for a description of another version."""
-        version = json.loads((directory / GENERATOR_FILE).read_text()).get("version")
-        loaded = cls()
-        if version != loaded.version:
-            raise ValueError(f"{directory / GENERATOR_FILE}: version {version!r}, expected {loaded.version!r}")
-        return loaded
+        """What ``save`` wrote. Raises FileNotFoundError, or ValueError for a description that is not one."""
+        path = directory / GENERATOR_FILE
+        description = json.loads(path.read_text())
+        try:
+            generator = cls(int(description["history"]), int(description["rounds"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not a description of history clusters: {error!r}") from error
+        if generator.version != description.get("version"):
+            raise ValueError(f"{path}: version {description.get('version')}, its contents are {generator.version}")
+        return generator
 
 
-def _beams(history: History, trie: SidTrie, beams: int) -> Beams:
-    levels = history.sids.shape[1]
-    exists = np.array([trie.contains(sid) for sid in history.sids], dtype=bool)
-    sids, vectors = history.sids[exists], history.vectors[exists]
-    if not len(sids):
-        return Beams(np.zeros((0, levels), np.int32), np.zeros(0, np.float32))
-    assigned, centres = _clusters(vectors, beams)
-    share: dict[tuple[int, ...], int] = {}
-    for k, centre in enumerate(centres):
-        members = np.flatnonzero(assigned == k)
-        if not len(members):
-            continue
-        # The most central item; the most recent one where equal.
-        medoid = members[::-1][int(np.argmax(vectors[members[::-1]] @ centre))]
-        sid = tuple(int(code) for code in sids[medoid])
-        share[sid] = share.get(sid, 0) + len(members)
-    ranked = sorted(share.items(), key=lambda pair: (-pair[1], pair[0]))
-    counts = np.array([count for _, count in ranked], dtype=np.float64)
-    found: IntArray = np.array([sid for sid, _ in ranked], dtype=np.int32)
-    return Beams(found, np.log(counts / counts.sum()).astype(np.float32))
-
-
-def _clusters(vectors: FloatArray, k: int) -> tuple[NDArray[np.int64], FloatArray]:
-    """Cluster of each row (n,) and unit centres (at most k, dim)."""
+def _cluster(vectors: FloatArray, k: int, rounds: int) -> Ints:
+    """Cluster (n,) of each unit row (n, dim), n >= 1; at most ``k`` clusters."""
     chosen = [len(vectors) - 1]
-    nearest = vectors @ vectors[chosen[0]]
+    nearest = vectors @ vectors[-1]
     while len(chosen) < min(k, len(vectors)):
         farthest = int(np.argmin(nearest))
-        if nearest[farthest] > 1 - 1e-6:  # all that is left equals a centre
+        if nearest[farthest] > 1 - 1e-6:  # nothing left but copies of what is chosen
             break
         chosen.append(farthest)
         nearest = np.maximum(nearest, vectors @ vectors[farthest])
-    centres = vectors[chosen].copy()
-    assigned = np.argmax(vectors @ centres.T, axis=1)
-    for _ in range(_ITERATIONS):
-        for cluster in range(len(centres)):
-            total = vectors[assigned == cluster].sum(axis=0)
-            norm = float(np.linalg.norm(total))
-            if norm > 1e-6:  # an empty cluster, or members that cancel out, keeps its centre
-                centres[cluster] = total / norm
-        moved = np.argmax(vectors @ centres.T, axis=1)
-        if np.array_equal(moved, assigned):
+    centres = vectors[chosen]
+    clusters: Ints = np.argmax(vectors @ centres.T, axis=1)
+    for _ in range(rounds):
+        sums = np.zeros_like(centres)
+        np.add.at(sums, clusters, vectors)
+        lengths = np.linalg.norm(sums, axis=1, keepdims=True)
+        # A cluster that fell empty, or whose members cancel, stays where it was.
+        centres = np.where(lengths > 1e-6, sums / np.maximum(lengths, 1e-6), centres)
+        moved: Ints = np.argmax(vectors @ centres.T, axis=1)
+        if np.array_equal(moved, clusters):
             break
-        assigned = moved
-    return assigned, centres
+        clusters = moved
+    return clusters

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -19,7 +19,7 @@ def keep_probabilities(sequences: Sequence[IntArray], threshold: float) -> list[
     Raises ValueError for a threshold that is not positive.
     """
     if threshold <= 0:
-        raise ValueError(f"threshold must be positive, got {threshold}")
+        raise ValueError(f"threshold: {threshold}, must be positive")
     if not sum(map(len, sequences)):
         return [np.zeros(0) for _ in sequences]
     _, inverse, counts = np.unique(np.concatenate(sequences), axis=0, return_inverse=True, return_counts=True)
@@ -52,20 +52,17 @@ def windows(sequences: Sequence[IntArray], size: int, rng: np.random.Generator |
     return cut
 
 
-def batches(
-    cut: Sequence[IntArray], items_per_batch: int, rng: np.random.Generator | None = None
-) -> Iterator[list[IntArray]]:
-    """Group windows of similar length, at most ``items_per_batch`` items with padding (one window at least).
+def batches(cut: Sequence[IntArray], batch_items: int, rng: np.random.Generator | None = None) -> list[list[IntArray]]:
+    """Group windows by length: at most ``batch_items`` items a batch, padding included, but one window at least.
 
     Similar lengths keep padding small. With ``rng`` the batches come in random order.
     """
-    order = sorted(range(len(cut)), key=lambda i: -len(cut[i]))
     groups: list[list[IntArray]] = []
-    for index in order:
-        if groups and (len(groups[-1]) + 1) * len(groups[-1][0]) <= items_per_batch:
-            groups[-1].append(cut[index])
+    for window in sorted(cut, key=len, reverse=True):
+        if groups and (len(groups[-1]) + 1) * len(groups[-1][0]) <= batch_items:
+            groups[-1].append(window)
         else:
-            groups.append([cut[index]])
-    if rng is not None:
-        rng.shuffle(groups)
-    yield from groups
+            groups.append([window])
+    if rng is None:
+        return groups
+    return [groups[at] for at in rng.permutation(len(groups))]

@@ -1,4 +1,4 @@
-"""The generator that runs everywhere: a small causal LM over SIDs, trained on the spot."""
+"""The default generator: a small causal LM over SIDs, trained on this site's own sequences, on a CPU in seconds."""
 
 from __future__ import annotations
 
@@ -7,171 +7,166 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
-from torch import Tensor
+from safetensors.torch import load_file, save_file
 
 from gpl.anchors.base import GENERATOR_FILE, Beams, History
 from gpl.anchors.beam import beam_search
+from gpl.anchors.sampling import IntArray
 from gpl.anchors.training import Progress, Schedule, train
-from gpl.anchors.transformer import Cache, Shape, SidTransformer
+from gpl.anchors.transformer import Shape, SidTransformer
 from gpl.codes.trie import SidTrie
 
-WEIGHTS_FILE = "generator.safetensors"
-IntArray = NDArray[np.int32]
+_WEIGHTS = "generator.safetensors"
 
 
 @dataclass(frozen=True)
 class SmallLMConfig:
-    """Size and training of the model. ``history``: most recent items it reads; ``held_out``: share of the users whose
-    likelihood decides when to stop."""
+    """Size and training of the network."""
 
-    dim: int = 128
-    layers: int = 2
-    heads: int = 4
-    dropout: float = 0.1
     history: int = 50
-    held_out: float = 0.1
+    dim: int = 64
+    layers: int = 2
+    heads: int = 2
+    dropout: float = 0.1
     schedule: Schedule = field(default_factory=Schedule)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: {self.dropout}, must be in [0, 1)")
 
 
 class SmallLM:
-    """Next-SID model with constrained beam search.
+    """Anchor generator over `SidTransformer`. Immutable; on CPU until moved with ``to``.
 
-    Each history is decoded by itself: an answer is the same, bit for bit on one machine, whatever else is in the
-    call. Labels rest on it (the same log gives the same labels), and on a CPU batching would gain little.
+    Users are computed one at a time, at the natural length of their history, so a user's beams do not depend on who else is in
+    the call, bit for bit (on one machine with one torch and thread count). Nothing is lost by it: at this size
+    a batch is not faster.
     """
 
-    kind = "small-lm"
+    kind: ClassVar[str] = "small-lm"
 
-    def __init__(self, model: SidTransformer, losses: Sequence[float] = (), device: torch.device | None = None) -> None:
-        """``losses``: held-out negative log-likelihood an item (nats) after each epoch of training."""
-        self._device = device or torch.device("cpu")
-        self._model = model.to(self._device).eval()
-        self.losses = list(losses)
-        self._version = self._hash()
+    def __init__(self, model: SidTransformer, validation_losses: Sequence[float] = ()) -> None:
+        self._model = model.eval().requires_grad_(False)
+        self.validation_losses = tuple(validation_losses)
+        """Nats an item on held-out users after each epoch; empty for a generator that was loaded."""
+        self._version = _version(model)
+
+    @property
+    def version(self) -> str:
+        """``small-lm-`` and a hash of shape and weights."""
+        return self._version
+
+    @property
+    def shape(self) -> Shape:
+        return self._model.shape
+
+    def to(self, device: torch.device | str) -> SmallLM:
+        """This generator with its weights on ``device``."""
+        moved = SidTransformer(self.shape)
+        moved.load_state_dict(self._model.state_dict())
+        return SmallLM(moved.to(device), self.validation_losses)
 
     @classmethod
     def train(
         cls,
         sequences: Sequence[IntArray],
-        codebook_size: int,
+        validation: Sequence[IntArray],
         levels: int,
-        config: SmallLMConfig | None = None,
-        seed: int = 0,
+        codebook_size: int,
+        config: SmallLMConfig,
+        seed: int,
+        device: torch.device | str = "cpu",
         on_progress: Progress | None = None,
-        device: torch.device | None = None,
     ) -> SmallLM:
-        """Fit a model on users' positives in time order, each (n, levels) int32.
+        """Train on users' positives: SIDs (n, levels) int32, oldest first; users of ``validation`` decide when to stop.
 
-        Deterministic for a seed on one machine. Raises ValueError for fewer than 2 sequences that are not empty, and
-        for SIDs of another shape or out of range.
+        The same arguments give the same weights on one machine's CPU with one thread count; on CUDA they may
+        differ by rounding. Raises ValueError without a sequence, and for SIDs that do not fit.
         """
-        config = config or SmallLMConfig()
-        usable = [np.asarray(sequence, dtype=np.int32) for sequence in sequences if len(sequence)]
-        if len(usable) < 2:
-            raise ValueError(f"sequences: {len(usable)} are not empty, at least 2 are needed (one is held out)")
-        for i, sequence in enumerate(usable):
-            if sequence.ndim != 2 or sequence.shape[1] != levels:
-                raise ValueError(f"sequences: number {i} has shape {sequence.shape}, expected (n, {levels})")
-            if sequence.min() < 0 or sequence.max() >= codebook_size:
-                raise ValueError(f"sequences: number {i} has codes outside [0, {codebook_size})")
-        order = np.random.default_rng(seed).permutation(len(usable))
-        held = max(1, round(config.held_out * len(usable)))
-        shape = Shape(levels, codebook_size, config.history, config.dim, config.layers, config.heads, config.dropout)
-        # Initial weights and dropout come from torch's generator; the caller's is left as it was.
-        with torch.random.fork_rng(devices=[]):
+        if not any(map(len, sequences)):
+            raise ValueError("sequences: no items to train on")
+        for name, group in (("sequences", sequences), ("validation", validation)):
+            for at, sequence in enumerate(group):
+                _check_sids(sequence, levels, codebook_size, f"{name}[{at}]")
+        shape = Shape(levels, codebook_size, config.history, config.dim, config.layers, config.heads)
+        device = torch.device(device)
+        # Initialisation and dropout draw from torch's global generator: it is borrowed, and given back as it was.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            model = SidTransformer(shape)
-            losses = train(
-                model,
-                [usable[i] for i in order[held:]],
-                [usable[i] for i in order[:held]],
-                config.schedule,
-                seed,
-                device or torch.device("cpu"),
-                on_progress,
-            )
-        return cls(model, losses, device)
-
-    @property
-    def version(self) -> str:
-        return self._version
-
-    def generate(self, histories: Sequence[History], trie: SidTrie, beams: int) -> list[Beams]:
-        if beams < 1:
-            raise ValueError(f"beams must be at least 1, got {beams}")
-        return [self._generate(history.sids, trie, beams) for history in histories]
+            model = SidTransformer(shape, config.dropout).to(device)
+            losses = train(model, sequences, validation, config.schedule, seed, on_progress)
+        return cls(model.cpu(), losses)
 
     @torch.inference_mode()
-    def _generate(self, sids: IntArray, trie: SidTrie, beams: int) -> Beams:
-        shape, model, device = self._model.shape, self._model, self._device
-        sids = sids[-shape.history :]
-        if len(sids) and sids.shape[1] != shape.levels:
-            raise ValueError(f"history: SIDs of {sids.shape[1]} levels, the model has {shape.levels}")
-        offsets = np.arange(shape.levels) * shape.codebook_size
-        flat = torch.from_numpy((sids.astype(np.int64) + offsets).reshape(1, -1))
-        tokens = torch.cat((torch.full((1, 1), shape.bos), flat), dim=1).to(device)
-        # The slot of token t, as in training: BOS is 0, the tokens of the n-th item are n.
-        slots = ((torch.arange(tokens.shape[1]) + shape.levels - 1) // shape.levels).to(device)
-        cache = Cache()
-        first = model.logits(model(tokens, slots, cache)[:, -1], 0)
-        trunk = tokens.shape[1]
-        next_slot = torch.tensor([len(sids) + 1], device=device)
-        ancestors = torch.zeros((1, 1, 0), dtype=torch.bool, device=device)
+    def generate(self, histories: Sequence[History], trie: SidTrie, beams: int) -> list[Beams]:
+        """One `Beams` a history, in order; see `AnchorGenerator`. An empty history asks for what people start with."""
+        shape = self.shape
+        if (trie.levels, trie.codebook_size) != (shape.levels, shape.codebook_size):
+            raise ValueError(
+                f"trie: {trie.levels} levels of {trie.codebook_size} codes, "
+                f"the generator was trained on {shape.levels} of {shape.codebook_size}"
+            )
+        device = self._model.offsets.device
+        trie = trie.to(device)
+        return [self._generate(history, trie, beams, device) for history in histories]
 
-        def advance(level: int, parents: Tensor, codes: Tensor) -> Tensor:
-            # A beam attends to the trunk, to its ancestors, and to itself.
-            nonlocal ancestors
-            width = codes.shape[1]
-            inherited = ancestors.gather(1, parents.unsqueeze(-1).expand(-1, -1, ancestors.shape[-1]))
-            own = torch.eye(width, dtype=torch.bool, device=device).unsqueeze(0)
-            ancestors = torch.cat((inherited, own), dim=-1)
-            seen = torch.ones((1, width, trunk), dtype=torch.bool, device=device)
-            mask = torch.cat((seen, ancestors), dim=-1).unsqueeze(1)
-            hidden = model(codes + (level - 1) * shape.codebook_size, next_slot, cache, mask)
-            return model.logits(hidden, level)
-
-        found, logprobs = beam_search(first, advance, trie, shape.levels, beams)
-        real = torch.isfinite(logprobs[0])
-        return Beams(found[0][real].cpu().numpy().astype(np.int32), logprobs[0][real].cpu().numpy().astype(np.float32))
+    def _generate(self, history: History, trie: SidTrie, beams: int, device: torch.device) -> Beams:
+        model = self._model
+        recent = history.last(self.shape.history).sids
+        _check_sids(recent, self.shape.levels, self.shape.codebook_size, "history")
+        items = model.embed(torch.from_numpy(recent.astype(np.int64)).to(device)).sum(dim=1)
+        context = model.context(items.unsqueeze(0))[:, -1]
+        sids, logprobs = beam_search(lambda prefixes: model.next_code(context, prefixes.to(device)), trie, 1, beams)
+        found = torch.isfinite(logprobs[0])
+        return Beams(
+            sids[0][found].to(torch.int32).cpu().numpy(),
+            logprobs[0][found].clamp(max=0.0).cpu().numpy(),
+        )
 
     def save(self, directory: Path) -> None:
-        """Write weights (safetensors) and description (JSON) into ``directory`` (made if missing)."""
+        """Write ``generator.json`` and ``generator.safetensors`` into ``directory``, which is made if need be."""
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / WEIGHTS_FILE).write_bytes(self._weights())
-        description = {
-            "kind": self.kind,
-            "version": self.version,
-            "shape": asdict(self._model.shape),
-            "losses": self.losses,
-        }
+        save_file(_weights(self._model), directory / _WEIGHTS)
+        description = {"kind": self.kind, "version": self.version, "shape": asdict(self.shape)}
         (directory / GENERATOR_FILE).write_text(json.dumps(description, indent=2) + "\n")
 
     @classmethod
-    def load(cls, directory: Path, device: torch.device | None = None) -> SmallLM:
-        """Load what ``save`` wrote. Raises ValueError for weights that are damaged or not those described."""
-        description: dict[str, Any] = json.loads((directory / GENERATOR_FILE).read_text())
-        model = SidTransformer(Shape(**description["shape"]))
-        path = directory / WEIGHTS_FILE
+    def load(cls, directory: Path) -> SmallLM:
+        """What ``save`` wrote. Raises FileNotFoundError, or ValueError when description and weights do not agree."""
+        path = directory / GENERATOR_FILE
+        description = json.loads(path.read_text())
         try:
-            model.load_state_dict(load_tensors(path.read_bytes()))
-        except (SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{path}: not the weights of this generator: {error}") from error
-        loaded = cls(model, description["losses"], device)
-        if loaded.version != description["version"]:
-            raise ValueError(f"{path}: weights of version {loaded.version}, expected {description['version']}")
-        return loaded
+            model = SidTransformer(Shape(**description["shape"]))
+            model.load_state_dict(load_file(directory / _WEIGHTS))
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{path}: does not fit the weights beside it: {error}") from error
+        generator = cls(model)
+        if generator.version != description.get("version"):
+            raise ValueError(
+                f"{path}: version {description.get('version')}; the weights beside it are {generator.version}"
+            )
+        return generator
 
-    def _weights(self) -> bytes:
-        return save_tensors({name: tensor.cpu().contiguous() for name, tensor in self._model.state_dict().items()})
 
-    def _hash(self) -> str:
-        shape = json.dumps(asdict(self._model.shape), sort_keys=True).encode()
-        return f"{self.kind}-{hashlib.sha256(shape + self._weights()).hexdigest()[:12]}"
+def _weights(model: SidTransformer) -> dict[str, torch.Tensor]:
+    return {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+
+
+def _version(model: SidTransformer) -> str:
+    digest = hashlib.sha256(json.dumps(asdict(model.shape), sort_keys=True).encode())
+    for name, tensor in sorted(_weights(model).items()):
+        digest.update(name.encode() + b"\0" + tensor.numpy().astype("<f4").tobytes())
+    return f"{SmallLM.kind}-{digest.hexdigest()[:12]}"
+
+
+def _check_sids(sids: IntArray, levels: int, codebook_size: int, name: str) -> None:
+    if sids.ndim != 2 or sids.shape[1] != levels:
+        raise ValueError(f"{name}: shape {sids.shape}, expected (n, {levels})")
+    wrong = (sids < 0) | (sids >= codebook_size)
+    if wrong.any():
+        row, level = np.argwhere(wrong)[0]
+        raise ValueError(f"{name}[{row}][{level}]: {sids[row, level]}, expected 0 to {codebook_size - 1}")

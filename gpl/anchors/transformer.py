@@ -1,16 +1,19 @@
-"""A small causal transformer over semantic ids, with a key-value cache that beams share.
+"""The generator's network: a causal transformer over items, and a small head that spells an item's SID code by code.
 
-An item is ``levels`` tokens, one a level of its SID; a history is ``BOS`` followed by the tokens of its items.
-The level that comes next is known from the position, so each softmax runs over one codebook only.
+This is the RQ-Transformer (Lee et al., CVPR 2022), made for residual codes: an item enters as the sum of its code
+embeddings, the *context* network attends over items, and the *depth* network (an MLP here; theirs is a transformer)
+predicts each code from the context and the codes before it:
 
-The cache is append-only and its keys form a tree: the history is the trunk, and each decoding step appends one
-key a beam. Which of them a beam may attend to is a row of a mask, so the trunk is never copied per beam and
-nothing is moved when beams are reordered.
+    p(c_1..c_L | history) = prod_l p(c_l | context, c_1..c_{l-1})
+
+Against one token a code, sequences are ``levels`` times shorter, and a beam extends a vector instead of a key-value
+cache. MovieLens-100K, trained on the first half in time: 6.4 nats an item on held-out users after 11 s of one core,
+against 7.7 after 29 s with one token a code.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Shape:
-    """Everything that fixes the parameters. ``history``: items the positions reach back to."""
+    """Everything that fixes the parameters. ``history``: items that are read, at most."""
 
     levels: int
     codebook_size: int
@@ -27,100 +30,111 @@ class Shape:
     dim: int
     layers: int
     heads: int
-    dropout: float
 
     def __post_init__(self) -> None:
         for name in ("levels", "codebook_size", "history", "dim", "layers", "heads"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise ValueError(f"{name}: {getattr(self, name)}, must be at least 1")
         if self.dim % self.heads:
-            raise ValueError(f"dim must be a multiple of heads, got dim {self.dim} and heads {self.heads}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-
-    @property
-    def bos(self) -> int:
-        """Token that opens every sequence; the SID token of code c at level l is ``l * codebook_size + c``."""
-        return self.levels * self.codebook_size
-
-
-@dataclass
-class Cache:
-    """Keys and values of every token seen so far, one pair a layer, each (batch, heads, tokens, head dim)."""
-
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
-
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        if layer == len(self.keys):
-            self.keys.append(key)
-            self.values.append(value)
-        else:
-            self.keys[layer] = torch.cat((self.keys[layer], key), dim=2)
-            self.values[layer] = torch.cat((self.values[layer], value), dim=2)
-        return self.keys[layer], self.values[layer]
+            raise ValueError(f"dim: {self.dim}, must be a multiple of heads ({self.heads})")
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, without biases."""
+    """Pre-norm causal attention and feed-forward, without biases."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.heads = shape.heads
-        self.dropout = shape.dropout
-        self.attention_norm = nn.RMSNorm(shape.dim, eps=1e-6)
-        self.qkv = nn.Linear(shape.dim, 3 * shape.dim, bias=False)
-        self.out = nn.Linear(shape.dim, shape.dim, bias=False)
-        self.feed_norm = nn.RMSNorm(shape.dim, eps=1e-6)
-        self.up = nn.Linear(shape.dim, 4 * shape.dim, bias=False)
-        self.down = nn.Linear(4 * shape.dim, shape.dim, bias=False)
+        self.heads = heads
+        self.dropout = dropout
+        self.attention_norm = nn.RMSNorm(dim, eps=1e-6)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+        self.feed_norm = nn.RMSNorm(dim, eps=1e-6)
+        self.up = nn.Linear(dim, 4 * dim, bias=False)
+        self.down = nn.Linear(4 * dim, dim, bias=False)
 
-    def forward(self, x: Tensor, layer: int, cache: Cache | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, n, dim) -> the same shape."""
         batch, length, dim = x.shape
-        qkv = self.qkv(self.attention_norm(x)).view(batch, length, 3, self.heads, dim // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        if cache is not None:
-            key, value = cache.append(layer, key, value)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
-        attended = attended.transpose(1, 2).reshape(batch, length, dim)
-        x = x + F.dropout(self.out(attended), self.dropout, self.training)
-        fed = self.down(F.gelu(self.up(self.feed_norm(x)), approximate="tanh"))
+        heads = self.qkv(self.attention_norm(x)).view(batch, length, 3, self.heads, dim // self.heads)
+        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        attended = self.out(attended.transpose(1, 2).reshape(batch, length, dim))
+        x = x + F.dropout(attended, self.dropout, self.training)
+        fed = self.down(F.gelu(self.up(self.feed_norm(x))))
         return x + F.dropout(fed, self.dropout, self.training)
 
 
 class SidTransformer(nn.Module):
-    """Next-token model of SID sequences; input and output embeddings are tied."""
+    """Codes are int64, (..., l) for the first l levels of SIDs. Embeddings of input and output codes are tied."""
 
-    def __init__(self, shape: Shape) -> None:
+    offsets: Tensor
+
+    def __init__(self, shape: Shape, dropout: float = 0.0) -> None:
         super().__init__()
+        dim = shape.dim
         self.shape = shape
-        self.tokens = nn.Embedding(shape.levels * shape.codebook_size + 1, shape.dim)
-        # One position an item, not a token: the token itself says its level. 0: BOS; history + 1: what is generated.
-        self.slots = nn.Embedding(shape.history + 2, shape.dim)
-        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
-        self.norm = nn.RMSNorm(shape.dim, eps=1e-6)
+        self.dropout = dropout
+        self.codes = nn.Parameter(torch.empty(shape.levels, shape.codebook_size, dim))
+        self.start = nn.Parameter(torch.zeros(dim))  # stands before the first item
+        self.positions = nn.Parameter(torch.empty(shape.history + 1, dim))
+        self.blocks = nn.ModuleList(Block(dim, shape.heads, dropout) for _ in range(shape.layers))
+        self.context_norm = nn.RMSNorm(dim, eps=1e-6)
+        self.levels = nn.Parameter(torch.empty(shape.levels, dim))
+        self.depth_norm = nn.RMSNorm(2 * dim, eps=1e-6)
+        self.depth_up = nn.Linear(2 * dim, 4 * dim, bias=False)
+        self.depth_down = nn.Linear(4 * dim, dim, bias=False)
+        self.output_norm = nn.RMSNorm(dim, eps=1e-6)
         self.bias = nn.Parameter(torch.zeros(shape.levels, shape.codebook_size))
-        for parameter in self.parameters():
-            if parameter.ndim == 2 and parameter is not self.bias:
-                nn.init.normal_(parameter, std=0.02)
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            for weight in (block.out.weight, block.down.weight):
-                nn.init.normal_(weight, std=0.02 / (2 * shape.layers) ** 0.5)
+        self.register_buffer("offsets", torch.arange(shape.levels) * shape.codebook_size, persistent=False)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim > 1 and name != "bias":
+                nn.init.normal_(parameter, std=0.05 if name == "codes" else 0.02)
 
-    def forward(self, tokens: Tensor, slots: Tensor, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
-        """Hidden states (batch, n, dim) of ``tokens`` (batch, n) at item positions ``slots`` (n,).
+    def embed(self, codes: Tensor) -> Tensor:
+        """Embedding of each code: (..., l) -> (..., l, dim)."""
+        return F.embedding(codes + self.offsets[: codes.shape[-1]], self.codes.flatten(0, 1))
 
-        With a cache the tokens come after what it holds, and are added to it. ``mask``: (batch, 1, n, keys) bool,
-        true where a token may attend; without one attention is causal, which is right only for an empty cache.
+    def context(self, items: Tensor) -> Tensor:
+        """What each prefix of a history says of the item after it: item vectors (batch, n, dim) -> (batch, n + 1, dim).
+
+        Position i has read the first i items. Items are the sum of ``embed`` over their levels; n <= history.
         """
-        x = F.dropout(self.tokens(tokens) + self.slots(slots), self.shape.dropout, self.training)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, layer, cache, mask)
-        normed: Tensor = self.norm(x)
+        start = self.start.expand(len(items), 1, -1)
+        x = torch.cat((start, items), dim=1) + self.positions[: items.shape[1] + 1]
+        x = F.dropout(x, self.dropout, self.training)
+        for block in self.blocks:
+            x = block(x)
+        normed: Tensor = self.context_norm(x)
         return normed
 
-    def logits(self, hidden: Tensor, level: int) -> Tensor:
-        """Scores (..., codebook_size) of the codes at ``level``, from hidden states (..., dim) just before it."""
-        size = self.shape.codebook_size
-        return F.linear(hidden, self.tokens.weight[level * size : (level + 1) * size], self.bias[level])
+    def depth(self, context: Tensor, prefix: Tensor, level: Tensor) -> Tensor:
+        """State before a code: from the context, the sum of the codes before it (..., dim), and its level.
+
+        ``context`` and ``level`` broadcast to ``prefix``.
+        """
+        context = context.expand_as(prefix)
+        x = torch.cat((context, prefix + level), dim=-1)
+        x = self.depth_down(F.gelu(self.depth_up(self.depth_norm(x))))
+        refined: Tensor = self.output_norm(context + prefix + F.dropout(x, self.dropout, self.training))
+        return refined
+
+    def next_code(self, context: Tensor, prefixes: Tensor) -> Tensor:
+        """Scores (batch, width, codebook_size) of the code that follows each prefix.
+
+        ``context``: (batch, dim), read after the last item. ``prefixes``: (batch, width, l) with l < levels.
+        """
+        level = prefixes.shape[-1]
+        state = self.depth(context.unsqueeze(1), self.embed(prefixes).sum(dim=2), self.levels[level])
+        return F.linear(state, self.codes[level], self.bias[level])
+
+    def all_codes(self, codes: Tensor) -> Tensor:
+        """Scores (batch, n, levels, codebook_size) of every code of SIDs (batch, n, levels), given all before it.
+
+        Codes are not masked to SIDs that exist: that is the beam search's business.
+        """
+        embedded = self.embed(codes)
+        context = self.context(embedded.sum(dim=2)[:, :-1])
+        prefix = embedded.cumsum(dim=2) - embedded
+        state = self.depth(context.unsqueeze(2), prefix, self.levels)
+        return torch.einsum("bnld,lcd->bnlc", state, self.codes) + self.bias

@@ -1,0 +1,60 @@
+"""The command line as a user meets it: in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from streams.contracts import TOPIC_RECORDS
+
+ROOT = Path(__file__).parents[2]
+
+
+def gpl(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GPL_")}
+    environment |= {"PYTHONPATH": str(ROOT), "COLUMNS": "200", **env}
+    command = [sys.executable, "-m", "streams.cli", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_schemas_are_printed_and_written(tmp_path: Path):
+    printed = json.loads(gpl("schemas", cwd=tmp_path).stdout)
+    assert printed.keys() == TOPIC_RECORDS.keys()
+    assert gpl("schemas", "--out", "out", cwd=tmp_path).returncode == 0
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == sorted(f"{topic}.v1.json" for topic in TOPIC_RECORDS)
+    for path in (tmp_path / "out").iterdir():
+        jsonschema.Draft202012Validator.check_schema(json.loads(path.read_text()))
+
+
+def test_config_show_tells_what_is_in_force_without_secrets(tmp_path: Path):
+    (tmp_path / "my.toml").write_text('[kafka]\nprefix = "shop."\n')
+    done = gpl("config", "show", "--config", "my.toml", cwd=tmp_path, GPL_KAFKA__SASL_PASSWORD="hunter2")
+    shown = json.loads(done.stdout)
+    assert shown["kafka"]["prefix"] == "shop."
+    assert "hunter2" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "code", "said"),
+    [
+        (["worker", "cook"], {}, 2, "'cook' is no role"),
+        (["worker", "all"], {}, 1, "no artefacts there; `gpl fit` makes them"),
+        (["worker", "all", "--config", "nope.toml"], {}, 2, "nope.toml does not exist"),
+        (["config", "show"], {"GPL_KAFKA__PARTITIONS": "0"}, 2, "kafka.partitions"),
+        (["fit", "nowhere"], {}, 1, "nowhere"),
+        (["validate", "nowhere"], {}, 1, "nowhere"),
+    ],
+)
+def test_an_error_of_use_is_one_clear_message(tmp_path: Path, arguments, env, code, said):
+    done = gpl(*arguments, cwd=tmp_path, **env)
+    output = done.stdout + done.stderr
+    assert said in output
+    assert "Traceback" not in output
+    assert done.returncode == code
