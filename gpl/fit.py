@@ -50,7 +50,7 @@ class FitOptions:
     codebook_size: int | None = None
     beams: int = 10
     history: int = 50
-    epochs: int = 6
+    epochs: int = 12
     downsample_threshold: float = 1e-3
     calibration_users: int = 500
 
@@ -91,7 +91,7 @@ def fit(
         "users_with_positives": len(positives),
         "positives": sum(len(user.rows) for user in positives.values()),
         "quantiser": quantiser.report(vectors),
-        "generator_losses": generator.losses if isinstance(generator, SmallLM) else [],
+        "generator_losses": list(generator.validation_losses) if isinstance(generator, SmallLM) else [],
         "newest_ts": max((event.ts for event in events), default=None),
         "seed": seed,
         "warnings": warnings,
@@ -146,7 +146,18 @@ def _generator(
         if step % 50 == 0 or step == total:
             say(f"language model: step {step} of {total}, loss {loss:.2f}")
 
-    return SmallLM.train(sequences, quantiser.codebook_size, options.levels, config, seed, progress)
+    # One user in ten decides when to stop.
+    order = np.random.default_rng(seed).permutation(len(sequences))
+    held = max(1, len(sequences) // 10)
+    return SmallLM.train(
+        [sequences[i] for i in order[held:]],
+        [sequences[i] for i in order[:held]],
+        options.levels,
+        quantiser.codebook_size,
+        config,
+        seed,
+        on_progress=progress,
+    )
 
 
 def _calibration(
