@@ -43,9 +43,8 @@ class SmallLM:
     """Anchor generator over `SidTransformer`. Immutable; on CPU until moved with ``to``.
 
     Users are computed one at a time, at the natural length of their history, so a user's beams do not depend on who
-    else is in
-    the call, bit for bit (on one machine with one torch and thread count). Nothing is lost by it: at this size
-    a batch is not faster.
+    else is in the call, bit for bit (on one machine with one torch and thread count). Nothing is lost by it: at this
+    size a batch is not faster.
     """
 
     kind: ClassVar[str] = "small-lm"
