@@ -86,7 +86,7 @@ def train(
             optimiser.step()
             step += 1
             if on_progress is not None:
-                on_progress(step, total, float(loss))
+                on_progress(step, total, loss.item())
         if not held_out:
             continue
         losses.append(_evaluate(model, held_out))

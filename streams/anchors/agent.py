@@ -61,7 +61,9 @@ class AnchorsRole(BatchRole):
         known = [self._catalogue.lookup(request.positives) for _, request in requests]
         histories = [History(self._catalogue.sids[self._catalogue.rows(ids)], vectors) for ids, vectors in known]
         started = time.perf_counter()
-        answers = await asyncio.to_thread(self._generate, histories, *self._trie_and_centroids())
+        answers: list[Anchors | None] = [None] * len(histories)
+        if any(len(history) for history in histories):
+            answers = await asyncio.to_thread(self._generate, histories, *self._trie_and_centroids())
         metrics.ANCHOR_SECONDS.observe(time.perf_counter() - started)
         for (entry, request), (used, _), anchors in zip(requests, known, answers, strict=True):
             record = encode(self._record(request, used, anchors))
@@ -80,8 +82,6 @@ class AnchorsRole(BatchRole):
     def _generate(self, histories: list[History], trie: SidTrie, centroids: SidCentroids) -> list[Anchors | None]:
         """Anchors of each history; None for an empty one."""
         given = [history for history in histories if len(history)]
-        if not given:
-            return [None] * len(histories)
         beams = iter(self._generator.generate(given, trie, self.settings.generator.beams))
         return [anchors_of(next(beams), centroids, history) if len(history) else None for history in histories]
 

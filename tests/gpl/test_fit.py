@@ -1,0 +1,124 @@
+"""Fitting everything from items and events, and keeping it on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpl.anchors.base import History
+from gpl.artefacts import Artefacts, ArtefactsError
+from gpl.catalogue import ItemContent
+from gpl.codes.trie import SidTrie
+from gpl.fit import Event, FitOptions, fit
+from gpl.labels.calibration import NoCalibration, Platt
+
+ITEMS, GROUPS, DIM = 120, 6, 16
+
+
+def items(seed: int = 0) -> list[ItemContent]:
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(GROUPS, DIM))
+    rows = centres[np.arange(ITEMS) % GROUPS] + 0.3 * rng.normal(size=(ITEMS, DIM))
+    return [ItemContent(f"i{n}", "", row.tolist()) for n, row in enumerate(rows)]
+
+
+def events(users: int = 60, seed: int = 0) -> list[Event]:
+    """Users click what is of their group, and are shown everything."""
+    rng = np.random.default_rng(seed)
+    return [
+        Event(f"u{u}", f"i{n}", 100 * t, bool(n % GROUPS == u % GROUPS))
+        for u in range(users)
+        for t, n in enumerate(rng.choice(ITEMS, 60, replace=False))
+    ]
+
+
+FAST = FitOptions(epochs=2, beams=5)
+
+
+@pytest.fixture(scope="module")
+def fitted() -> Artefacts:
+    return fit(items(), [*events(), Event("u0", "unknown", 1, True)], None, FAST, seed=0)
+
+
+def test_everything_fits_together(fitted: Artefacts):
+    assert fitted.space.encoder == "precomputed"
+    assert fitted.generator.version.startswith("small-lm-")
+    assert fitted.report["events_of_unknown_items"] == 1
+    assert fitted.report["warnings"] == []
+    raw = np.array([item.embedding for item in items()], np.float32)
+    vectors = fitted.space.project(raw)
+    sids = fitted.quantiser.encode(vectors)
+    trie = SidTrie(sids, fitted.quantiser.codebook_size)
+    (beams,) = fitted.generator.generate([History(sids[:6], vectors[:6])], trie, 5)
+    assert len(beams) == 5
+
+
+def test_where_anchors_tell_of_clicks_the_calibration_rises():
+    made = fit(items(), events(), None, FitOptions(generator="history", beams=3), seed=0)
+    assert isinstance(made.calibration, Platt)
+    assert made.calibration.slope > 1
+
+
+def test_deterministic_whatever_the_order_of_events(fitted: Artefacts):
+    shuffled = [*events(), Event("u0", "unknown", 1, True)]
+    np.random.default_rng(5).shuffle(shuffled)  # type: ignore[arg-type]
+    again = fit(items(), [Event(*event) for event in shuffled], None, FAST, seed=0)
+    assert again.generator.version == fitted.generator.version
+    assert again.space.version == fitted.space.version
+    assert again.quantiser.version == fitted.quantiser.version
+    assert fit(items(), events(), None, FAST, seed=1).generator.version != fitted.generator.version
+
+
+def test_too_little_data_falls_back_and_says_so():
+    made = fit(items(), events(users=3), None, FAST, seed=0)
+    assert made.generator.version.startswith("history-")
+    assert any("history clusters" in warning for warning in made.report["warnings"])
+    nothing = fit(items(), [], None, FAST, seed=0)
+    assert isinstance(nothing.calibration, NoCalibration)
+    assert any("no calibration" in warning for warning in nothing.report["warnings"])
+
+
+def test_an_item_without_its_vector_is_named():
+    with pytest.raises(ValueError, match="'bad'"):
+        fit([*items(), ItemContent("bad", "text only")], [], None, FAST)
+
+
+def test_artefacts_survive_the_disk(fitted: Artefacts, tmp_path: Path):
+    fitted.save(tmp_path / "a")
+    loaded = Artefacts.load(tmp_path / "a")
+    for part in ("space", "quantiser", "generator"):
+        assert getattr(loaded, part).version == getattr(fitted, part).version
+    assert loaded.calibration == fitted.calibration
+    assert loaded.report["items"] == ITEMS
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    with pytest.raises(FileExistsError):
+        fitted.save(tmp_path / "a")
+
+
+@pytest.mark.parametrize("how", ["flip", "truncate", "remove", "add", "manifest"])
+def test_damaged_artefacts_are_refused_and_the_file_is_named(fitted: Artefacts, tmp_path: Path, how: str):
+    fitted.save(tmp_path / "a")
+    victim = sorted((tmp_path / "a").rglob("*.safetensors"))[0]
+    if how == "flip":
+        data = bytearray(victim.read_bytes())
+        data[len(data) // 2] ^= 1
+        victim.write_bytes(bytes(data))
+    elif how == "truncate":
+        victim.write_bytes(victim.read_bytes()[:-4])
+    elif how == "remove":
+        victim.unlink()
+    elif how == "add":
+        victim = victim.with_name("stray.bin")
+        victim.write_bytes(b"x")
+    else:
+        victim = tmp_path / "a" / "manifest.json"
+        victim.write_text("{")
+    with pytest.raises(ArtefactsError, match=victim.name):
+        Artefacts.load(tmp_path / "a")
+
+
+def test_missing_artefacts_say_how_to_make_them(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="gpl fit"):
+        Artefacts.load(tmp_path / "none")

@@ -1,0 +1,250 @@
+"""Anchor generators: the beam against enumeration, the language model against a planted pattern, the baseline."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpl.anchors.base import Beams, History, anchors_of, load_generator
+from gpl.anchors.beam import beam_search
+from gpl.anchors.history import HistoryClusters
+from gpl.anchors.sampling import batches, keep_probabilities, thin, windows
+from gpl.anchors.small_lm import SmallLM, SmallLMConfig
+from gpl.anchors.training import Schedule
+from gpl.codes.centroids import SidCentroids
+from gpl.codes.trie import SidTrie
+
+LEVELS, SIZE, DIM = 3, 4, 8
+
+
+def catalogue(seed: int, n: int = 25) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    vectors = rng.normal(size=(n, DIM)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return rng.integers(0, SIZE, size=(n, LEVELS)).astype(np.int32), vectors
+
+
+def table_scorer(seed: int):
+    """Scores that depend on the whole prefix."""
+    tables = {
+        level: torch.randn((SIZE,) * (level + 1), generator=torch.Generator().manual_seed(seed + level))
+        for level in range(LEVELS)
+    }
+
+    def score(prefixes: torch.Tensor) -> torch.Tensor:
+        return tables[prefixes.shape[2]][tuple(prefixes.unbind(-1))].expand(*prefixes.shape[:2], SIZE)
+
+    return tables, score
+
+
+def enumerated(sids: np.ndarray, tables: dict[int, torch.Tensor]) -> dict[tuple[int, ...], float]:
+    """Log-probability of every SID that exists, each step renormalised over the codes that exist after its prefix."""
+    existing = {tuple(int(code) for code in sid) for sid in sids}
+    result = {}
+    for sid in existing:
+        total = 0.0
+        for level in range(LEVELS):
+            allowed = sorted({other[level] for other in existing if other[:level] == sid[:level]})
+            scores = tables[level][sid[:level]] if level else tables[0]
+            total += float(scores[sid[level]] - torch.logsumexp(scores[allowed], 0))
+        result[sid] = total
+    return result
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=30)
+def test_a_wide_beam_finds_every_sid_with_its_probability(seed):
+    sids, _ = catalogue(seed)
+    tables, score = table_scorer(seed)
+    expected = enumerated(sids, tables)
+    assert abs(sum(np.exp(list(expected.values()))) - 1) < 1e-5
+    found, logprobs = beam_search(score, SidTrie(sids, SIZE), batch=2, beams=SIZE**LEVELS)
+    for user in range(2):
+        real = torch.isfinite(logprobs[user])
+        got = {tuple(sid): float(lp) for sid, lp in zip(found[user][real].tolist(), logprobs[user][real], strict=True)}
+        assert got.keys() == expected.keys()
+        assert all(abs(got[sid] - expected[sid]) < 1e-4 for sid in expected)
+        assert (logprobs[user].diff()[: real.sum() - 1] <= 0).all()
+
+
+def test_a_narrow_beam_gives_existing_sids_in_falling_order():
+    sids, _ = catalogue(3, n=60)
+    _, score = table_scorer(3)
+    found, logprobs = beam_search(score, SidTrie(sids, SIZE), batch=1, beams=5)
+    existing = set(map(tuple, sids.tolist()))
+    assert {tuple(sid) for sid in found[0].tolist()} <= existing
+    assert len({tuple(sid) for sid in found[0].tolist()}) == 5
+    assert (logprobs[0].diff() <= 0).all()
+
+
+def test_ties_go_to_the_smaller_sid():
+    sids = np.array(list(itertools.product(range(2), repeat=3)), dtype=np.int32)
+    found, _ = beam_search(lambda p: torch.zeros(*p.shape[:2], SIZE), SidTrie(sids, SIZE), batch=1, beams=8)
+    assert found[0].tolist() == sids.tolist()
+
+
+@pytest.mark.parametrize("beams", [0, -1])
+def test_no_beams_are_refused(beams):
+    sids, _ = catalogue(0)
+    with pytest.raises(ValueError, match="beams"):
+        beam_search(lambda p: torch.zeros(*p.shape[:2], SIZE), SidTrie(sids, SIZE), 1, beams)
+
+
+CYCLE = np.array([[0, 1, 2], [1, 2, 3], [2, 3, 0], [3, 0, 1], [0, 2, 1]], dtype=np.int32)
+
+
+def cycle_sequences(n: int, seed: int) -> list[np.ndarray]:
+    """Users who walk the same cycle of five items, each from another start."""
+    rng = np.random.default_rng(seed)
+    return [CYCLE[(rng.integers(5) + np.arange(rng.integers(6, 14))) % 5] for _ in range(n)]
+
+
+@pytest.fixture(scope="module")
+def cycle_lm() -> SmallLM:
+    config = SmallLMConfig(dim=32, schedule=Schedule(epochs=15, batch_items=100, downsample_threshold=1.0))
+    return SmallLM.train(cycle_sequences(120, 0), cycle_sequences(20, 1), LEVELS, SIZE, config, seed=0)
+
+
+def history_of(steps: range) -> History:
+    sids = CYCLE[np.array(steps) % 5]
+    return History(sids, np.eye(DIM, dtype=np.float32)[np.array(steps) % 5])
+
+
+def test_the_language_model_learns_what_comes_next(cycle_lm: SmallLM):
+    trie = SidTrie(CYCLE, SIZE)
+    for end in range(5, 10):
+        (beams,) = cycle_lm.generate([history_of(range(end))], trie, 3)
+        assert beams.sids[0].tolist() == CYCLE[end % 5].tolist()
+        assert np.exp(beams.logprobs[0]) > 0.8
+    assert cycle_lm.validation_losses[-1] < cycle_lm.validation_losses[0]
+
+
+def test_an_answer_does_not_depend_on_the_others_in_the_call(cycle_lm: SmallLM):
+    trie = SidTrie(CYCLE, SIZE)
+    histories = [history_of(range(n)) for n in (1, 7, 3, 12, 7)]
+    together = cycle_lm.generate(histories, trie, 4)
+    for history, answer in zip(histories, together, strict=True):
+        (alone,) = cycle_lm.generate([history], trie, 4)
+        np.testing.assert_array_equal(alone.sids, answer.sids)
+        np.testing.assert_array_equal(alone.logprobs, answer.logprobs)
+    assert all(np.isclose(np.exp(cycle_lm.generate([h], trie, 9)[0].logprobs).sum(), 1, atol=1e-4) for h in histories)
+
+
+def test_training_is_deterministic_by_seed_and_leaves_the_global_generator_alone():
+    def train(seed: int) -> str:
+        config = SmallLMConfig(dim=16, schedule=Schedule(epochs=1))
+        return SmallLM.train(cycle_sequences(10, 0), cycle_sequences(3, 1), LEVELS, SIZE, config, seed).version
+
+    torch.manual_seed(123)
+    expected = torch.rand(1)
+    torch.manual_seed(123)
+    assert train(0) == train(0)
+    assert train(0) != train(1)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_save_and_load_give_the_same_answers_and_damage_is_refused(cycle_lm: SmallLM, tmp_path: Path):
+    cycle_lm.save(tmp_path)
+    loaded = load_generator(tmp_path)
+    assert loaded.version == cycle_lm.version
+    trie = SidTrie(CYCLE, SIZE)
+    before, after = (g.generate([history_of(range(4))], trie, 5)[0] for g in (cycle_lm, loaded))
+    np.testing.assert_array_equal(before.logprobs, after.logprobs)
+    (weights,) = tmp_path.glob("*.safetensors")
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    with pytest.raises(ValueError, match=r"safetensors|version"):
+        load_generator(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{}", "not json", json.dumps({"kind": "oracle"})])
+def test_an_unknown_generator_is_refused(tmp_path: Path, text: str):
+    with pytest.raises(FileNotFoundError):
+        load_generator(tmp_path)
+    (tmp_path / "generator.json").write_text(text)
+    with pytest.raises(ValueError, match=r"generator\.json"):
+        load_generator(tmp_path)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 30), st.integers(1, 12))
+@settings(max_examples=40)
+def test_history_clusters_answer_with_what_the_user_met(seed, length, beams):
+    sids, vectors = catalogue(seed)
+    rows = np.random.default_rng(seed).integers(0, len(sids), size=length)
+    history = History(sids[rows], vectors[rows])
+    trie = SidTrie(sids[: len(sids) // 2], SIZE)
+    (found,) = HistoryClusters().generate([history], trie, beams)
+    (again,) = HistoryClusters().generate([history], trie, beams)
+    np.testing.assert_array_equal(found.sids, again.sids)
+    met = {tuple(sid) for sid in history.sids.tolist() if trie.contains(sid)}
+    assert {tuple(sid) for sid in found.sids.tolist()} <= met
+    assert len(found) <= beams
+    assert len(found) == 0 if not met else abs(np.exp(found.logprobs).sum() - 1) < 1e-5
+    assert (np.diff(found.logprobs) <= 1e-6).all()
+
+
+def test_history_clusters_separate_two_interests(tmp_path: Path):
+    sids = np.array([[0, 0, 0], [1, 1, 1]], dtype=np.int32)
+    axes = np.eye(2, DIM, dtype=np.float32)
+    rows = np.array([0, 0, 0, 1])
+    generator = HistoryClusters()
+    (found,) = generator.generate([History(sids[rows], axes[rows])], SidTrie(sids, SIZE), 5)
+    assert found.sids.tolist() == [[0, 0, 0], [1, 1, 1]]
+    np.testing.assert_allclose(np.exp(found.logprobs), [0.75, 0.25], atol=1e-6)
+    generator.save(tmp_path)
+    assert load_generator(tmp_path).version == generator.version
+
+
+def test_anchors_are_the_means_of_the_items_that_carry_a_sid():
+    sids = np.array([[0, 0, 0], [0, 0, 0], [1, 1, 1]], dtype=np.int32)
+    axes = np.eye(3, dtype=np.float32)
+    beams = Beams(np.array([[0, 0, 0], [1, 1, 1]], np.int32), np.array([-0.5, -1.0], np.float32))
+    anchors = anchors_of(beams, SidCentroids(sids, axes), History(sids[:1], axes[:1]))
+    np.testing.assert_allclose(anchors.vectors, [[0.5**0.5, 0.5**0.5, 0], [0, 0, 1]], atol=1e-6)
+    np.testing.assert_allclose(anchors.history_factor, [0.5**0.5, 0], atol=1e-6)
+    without = anchors_of(beams, SidCentroids(sids, axes), History(sids[:0], axes[:0]))
+    assert without.history_factor.tolist() == [0, 0]
+
+
+sequences_of_sids = st.lists(
+    st.lists(st.tuples(*[st.integers(0, 2)] * 2), max_size=12).map(lambda s: np.array(s, np.int32).reshape(-1, 2)),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(sequences_of_sids, st.floats(1e-4, 1.0))
+def test_keep_probability_is_its_formula(sequences, threshold):
+    every = [tuple(sid) for sequence in sequences for sid in sequence.tolist()]
+    kept = keep_probabilities(sequences, threshold)
+    assert [len(k) for k in kept] == [len(s) for s in sequences]
+    for sequence, probabilities in zip(sequences, kept, strict=True):
+        for sid, p in zip(sequence.tolist(), probabilities, strict=True):
+            share = every.count(tuple(sid)) / len(every)
+            assert abs(p - min(1.0, (threshold / share) ** 0.5)) < 1e-9
+
+
+@given(sequences_of_sids, st.integers(1, 5), st.booleans())
+def test_windows_lose_nothing_and_keep_order(sequences, size, random_cut):
+    rng = np.random.default_rng(0) if random_cut else None
+    cut = windows(sequences, size, rng)
+    assert all(1 <= len(window) <= size for window in cut)
+    joined = [sid for window in cut for sid in window.tolist()]
+    assert joined == [sid for sequence in sequences for sid in sequence.tolist()]
+    if cut:
+        grouped = batches(cut, 8)
+        assert sum(map(len, grouped)) == len(cut)
+
+
+def test_thinning_keeps_order_and_what_is_certain():
+    sequence = np.arange(20, dtype=np.int32).reshape(-1, 2)
+    (kept,) = thin([sequence], [np.array([1.0, 0.0] * 5)], np.random.default_rng(0))
+    assert kept.tolist() == sequence[::2].tolist()
