@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -52,14 +52,20 @@ def _histogram(scores: list[float]) -> NDArray[np.int64]:
     return np.histogram(np.clip(scores, -1.0, 1.0), SCORE_EDGES)[0].astype(np.int64)
 
 
+class Newest(NamedTuple):
+    """What the newest label record of a request says."""
+
+    revision: int
+    outcome: str
+    unexposed: int
+
+
 @dataclass
 class Outcome:
     """Everything counted so far."""
 
     vectors: set[str] = field(default_factory=set)
-    # request_id -> newest revision and its count of unexposed items
-    requests: dict[str, tuple[int, int]] = field(default_factory=dict)
-    outcomes: Counter[str] = field(default_factory=Counter)
+    requests: dict[str, Newest] = field(default_factory=dict)
     exposed_labelled: int = 0
     corrections: Counter[str] = field(default_factory=Counter)
     label_records: int = 0
@@ -80,7 +86,11 @@ class Outcome:
 
     @property
     def unexposed_labelled(self) -> int:
-        return sum(unexposed for _, unexposed in self.requests.values())
+        return sum(newest.unexposed for newest in self.requests.values())
+
+    def requests_by_outcome(self) -> dict[str, int]:
+        """Requests by what their newest label record says."""
+        return dict(sorted(Counter(newest.outcome for newest in self.requests.values()).items()))
 
     def anchors_by_reason(self) -> dict[str, int]:
         """Published anchor refreshes by the reason that their request named."""
@@ -147,13 +157,12 @@ class Recorder:
         label, outcome = decode(Label, record.value), self.outcome
         outcome.label_records += 1
         known = outcome.requests.get(label.request_id)
-        if known is not None and known[0] >= label.revision:
+        if known is not None and known.revision >= label.revision:
             return  # delivered twice
-        outcome.requests[label.request_id] = (label.revision, len(label.unexposed.item))
+        outcome.requests[label.request_id] = Newest(label.revision, label.outcome, len(label.unexposed.item))
         if label.revision > 0:
             outcome.corrections[label.provenance.correction or "restart"] += 1
             return
-        outcome.outcomes[label.outcome] += 1
         made_with = label.provenance
         for name in ("encoder", "quantiser", "generator", "calibration", "config"):
             if (version := getattr(made_with, name)) is not None:

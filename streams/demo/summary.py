@@ -89,7 +89,7 @@ def build(run: Run, outcome: Outcome, evaluation: Evaluation) -> dict[str, Any]:
         "items": run.items,
         "requests": run.requests,
         "requests_closed": len(outcome.requests),
-        "requests_by_outcome": dict(sorted(outcome.outcomes.items())),
+        "requests_by_outcome": outcome.requests_by_outcome(),
         "exposed_labelled": outcome.exposed_labelled,
         "unexposed_labelled": outcome.unexposed_labelled,
         "corrections": dict(sorted(outcome.corrections.items())),

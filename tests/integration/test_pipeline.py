@@ -194,16 +194,24 @@ def check_labels(kafka: KafkaSettings, site: Site, artefacts: Path, vectors: np.
 
 
 @pytest.mark.kafka
+@pytest.mark.parametrize(
+    "roles", [["all"], ["labels", "labels", "profiles", "anchors", "anchors"]], ids=["one", "five"]
+)
 def test_every_request_gets_one_right_label_and_trouble_ends_in_the_dead_letters(
-    kafka_settings: KafkaSettings, config: Path, artefacts: Path, vectors: np.ndarray, tmp_path: Path
+    kafka_settings: KafkaSettings, config: Path, artefacts: Path, vectors: np.ndarray, tmp_path: Path, roles: list[str]
 ) -> None:
+    """In one process, and with the roles in processes of their own, two of them shared by two workers."""
     kafka = kafka_settings
     site = Site()
-    worker = Process(["worker", "all"], config, tmp_path / "worker.log")
-    with running(worker):
-        wait_for("the worker to be ready", worker.ready)
+    workers = [
+        # An embedded shard has one owner.
+        Process(["worker", role], config, tmp_path / f"worker-{n}.log", GPL_INDEX__PATH=str(tmp_path / f"index-{n}"))
+        for n, role in enumerate(roles)
+    ]
+    with running(*workers):
+        wait_for("the workers to be ready", lambda: all(worker.ready() for worker in workers))
         send_items(kafka, vectors)
-        wait_for("the catalogue", lambda: worker.metric("gpl_catalogue_items") == ITEMS)
+        wait_for("the catalogue", lambda: all(w.metric("gpl_catalogue_items") == ITEMS for w in workers))
         # Trouble goes in between the good records, under keys that spread over all partitions.
         bad: list[tuple[str, bytes, bytes, str]] = [
             ("recalls", b"k1", b"{not json", "malformed"),
@@ -250,7 +258,7 @@ def test_every_request_gets_one_right_label_and_trouble_ends_in_the_dead_letters
             assert headers["gpl-reason"].decode() == reason, headers
             assert headers["gpl-message"]
         assert len(letters) == len(bad)
-        assert worker.get("/health")[0] == 200
+        assert all(worker.get("/health")[0] == 200 for worker in workers)
 
     final = check_labels(kafka, site, artefacts, vectors)
     assert sum(label.outcome == "labelled" for label in final.values()) > REQUESTS * 0.8

@@ -61,9 +61,9 @@ def test_labels_are_counted_once_whatever_is_delivered_twice(recorder):
     take(closed(label("r2", exposed=(), unexposed=()), 4_800))
     take(closed(label("r1", 1, ("a", "b"), ("c",), correction="feedback"), 4_900))
     outcome = recorder.outcome
-    assert outcome.requests == {"r1": (1, 1), "r2": (0, 0)}
+    assert outcome.requests == {"r1": (1, "labelled", 1), "r2": (0, "no_anchors", 0)}
     assert outcome.unexposed_labelled == 1
-    assert outcome.outcomes == {"labelled": 1, "no_anchors": 1}
+    assert outcome.requests_by_outcome() == {"labelled": 1, "no_anchors": 1}
     assert outcome.corrections == {"feedback": 1}
     assert outcome.delays == [1.0, 0.2]
     assert outcome.first_label.request_id == "r1"

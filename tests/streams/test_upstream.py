@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from itertools import pairwise
 
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streams.contracts import Feedback, decode, encode
-from streams.demo.timeline import Split, Timeline
+from streams.demo.stream import Pacer
+from streams.demo.timeline import Event, Split, Timeline
 from streams.demo.upstream import MET, POPULARITY, Rating, UpstreamConfig, pages, simulate
 
 CATALOGUE = [f"i{n}" for n in range(60)]
@@ -150,3 +152,46 @@ def test_without_feedback_there_is_nothing_to_split(directory):
     (directory / "feedback.jsonl").write_bytes(b"\n")
     with pytest.raises(ValueError, match=r"feedback\.jsonl: no valid record"):
         Split.of(directory, 0.5, CAP)
+
+
+class Collected:
+    """Where a Pacer's events go, in place of a broker."""
+
+    def __init__(self):
+        self.sent = []
+
+    def send(self, topic, key, value):
+        self.sent.append((topic, key, value))
+
+    def flush(self):
+        self.sent.append("flushed")
+
+
+def test_the_pacer_sends_all_in_order_under_the_users_key_and_waits_while_held():
+    def events():
+        for n in range(3):
+            yield Event(n, "feedback", b'{"user_id": "u%d", "more": 1}' % n)
+            if n == 0:
+                pacer.held = True
+                first.set()
+        yield Event(3, "recalls", b"nonsense")
+
+    first, collected = threading.Event(), Collected()
+    pacer = Pacer(collected, events(), speed=1e9)
+    pacer.start()
+    assert first.wait(10)
+    pacer.held = False
+    pacer.join(10)
+    assert pacer.error is None and pacer.event_ts == 3
+    assert [key for _, key, _ in collected.sent[:-1]] == [b"u0", b"u1", b"u2", None]
+    assert collected.sent[-1] == "flushed"
+
+
+def test_a_stopped_pacer_sends_nothing_more_even_while_held():
+    collected = Collected()
+    pacer = Pacer(collected, iter([Event(0, "feedback", b"{}")]), speed=1.0)
+    pacer.held = True
+    pacer.start()
+    pacer.stop()
+    pacer.join(10)
+    assert not pacer.is_alive() and collected.sent == []
