@@ -71,7 +71,7 @@ class Artefacts:
             raise FileNotFoundError(f"{path}: no artefacts there; `gpl fit` makes them")
         try:
             manifest = json.loads(path.read_text())
-            expected, versions = manifest["sha256"], manifest["versions"]
+            expected, versions, report = dict(manifest["sha256"]), dict(manifest["versions"]), dict(manifest["report"])
             calibration = calibration_from_dict(manifest["calibration"])
         except (ValueError, KeyError, TypeError) as error:
             raise ArtefactsError(f"{path}: not a manifest of artefacts: {error!r}") from error
@@ -85,12 +85,14 @@ class Artefacts:
             quantiser=ResidualKMeans.load(directory / "quantiser"),
             generator=load_generator(directory / "generator"),
             calibration=calibration,
-            report=manifest["report"],
+            report=report,
         )
-        for part, version in versions.items():
+        for part in _PARTS:
             actual = getattr(loaded, part).version
-            if actual != version:
-                raise ArtefactsError(f"{directory / part}: version {actual!r}, the manifest says {version!r}")
+            if actual != versions.get(part):
+                raise ArtefactsError(
+                    f"{directory / part}: version {actual!r}, the manifest says {versions.get(part)!r}"
+                )
         return loaded
 
 

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 TOPIC = "dead-letters"
 
+_REASONS = {
+    "ValidationError": "invalid",
+    "DecodeError": "malformed",
+    "UnicodeDecodeError": "malformed",
+    "RecordTooLargeError": "too_large",
+}
+
 
 class Refused(ValueError):
     """A record that parses but cannot be used. ``reason`` is a short word for the metric, the message is for people."""
@@ -17,9 +24,7 @@ def reason_of(error: Exception) -> str:
     """A short, bounded word for the metric's label: why the record was refused."""
     if isinstance(error, Refused):
         return error.reason
-    return {"ValidationError": "invalid", "DecodeError": "malformed", "UnicodeDecodeError": "malformed"}.get(
-        type(error).__name__, "error"
-    )
+    return _REASONS.get(type(error).__name__, "error")
 
 
 def headers(topic: str, partition: int, offset: int, error: Exception) -> list[tuple[str, bytes]]:

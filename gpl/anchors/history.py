@@ -14,11 +14,14 @@ from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from gpl.anchors.base import GENERATOR_FILE, Beams, FloatArray, History
+from gpl.anchors.base import GENERATOR_FILE, Beams, FloatArray, History, IntArray
 from gpl.codes.trie import SidTrie
 
 Ints = npt.NDArray[np.int64]
+
+_TIE = 1e-5  # difference of cosines that is rounding
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class HistoryClusters:
     """Spherical k-means on the vectors of the recent positives; an anchor is the SID nearest to a cluster's mean.
 
     Nearest among the SIDs of the history that the trie still holds, so that no catalogue is needed. ``logprob`` is
-    the log of the cluster's share of the history. Deterministic: k-means starts from the newest item and the points
+    the log of the cluster's share of the history; of equally near ones the newest is taken. Deterministic: k-means starts from the newest item and the points
     farthest from those chosen before (Gonzalez 1985).
     """
 
@@ -54,18 +57,21 @@ class HistoryClusters:
         return [self._generate(history.last(self.history), trie, beams) for history in histories]
 
     def _generate(self, history: History, trie: SidTrie, beams: int) -> Beams:
-        known = np.fromiter((trie.contains(sid) for sid in history.sids.tolist()), bool, count=len(history))
+        known = _in_trie(history.sids, trie)
         sids, vectors = history.sids[known], history.vectors[known]
         if not len(sids):
             return Beams(np.zeros((0, trie.levels), np.int32), np.zeros(0, np.float32))
         clusters = _cluster(vectors, beams, self.rounds)
+        sizes = np.bincount(clusters)
+        # A pair is equally near to its mean: the newer one stands for it, not the one that rounding prefers.
+        near = vectors @ _sums(vectors, clusters, len(sizes)).T
+        newest_first = (near >= near.max(axis=0) - _TIE * sizes)[::-1]
+        nearest = len(sids) - 1 - np.argmax(newest_first, axis=0)
         # Two clusters may have the same nearest SID: they are one anchor, with both shares.
         weight: dict[tuple[int, ...], int] = {}
-        for cluster in np.unique(clusters):
-            members = clusters == cluster
-            nearest = int(np.argmax(vectors @ vectors[members].sum(axis=0)))
-            sid = tuple(sids[nearest].tolist())
-            weight[sid] = weight.get(sid, 0) + int(members.sum())
+        for sid, size in zip(map(tuple, sids[nearest].tolist()), sizes.tolist(), strict=True):
+            if size:
+                weight[sid] = weight.get(sid, 0) + size
         ranked = sorted(weight.items(), key=lambda entry: (-entry[1], entry[0]))
         shares = np.array([count for _, count in ranked]) / len(sids)
         return Beams(np.array([sid for sid, _ in ranked], np.int32), np.log(shares).astype(np.float32))
@@ -90,6 +96,30 @@ class HistoryClusters:
         return generator
 
 
+def _in_trie(sids: IntArray, trie: SidTrie) -> npt.NDArray[np.bool_]:
+    """Which of the SIDs (n, levels) some item carries (n,); a code out of the codebook is carried by none.
+
+    Raises ValueError for SIDs of another number of levels.
+    """
+    if sids.shape[1] != trie.levels:
+        raise ValueError(f"history: SIDs of {sids.shape[1]} levels, the trie has {trie.levels}")
+    codes = torch.from_numpy(sids.astype(np.int64))
+    valid = ((codes >= 0) & (codes < trie.codebook_size)).all(dim=1)
+    codes = codes.clamp(0, trie.codebook_size - 1)
+    nodes = torch.full((len(sids),), trie.root)
+    for level in range(trie.levels):
+        nodes = trie.step(nodes).gather(1, codes[:, level : level + 1]).squeeze(1)
+    known: npt.NDArray[np.bool_] = ((nodes >= 0) & valid).numpy()
+    return known
+
+
+def _sums(vectors: FloatArray, clusters: Ints, k: int) -> FloatArray:
+    """Sum of the rows of each of ``k`` clusters (k, dim)."""
+    members = (clusters == np.arange(k)[:, None]).astype(np.float32)
+    sums: FloatArray = members @ vectors
+    return sums
+
+
 def _cluster(vectors: FloatArray, k: int, rounds: int) -> Ints:
     """Cluster (n,) of each unit row (n, dim), n >= 1; at most ``k`` clusters."""
     chosen = [len(vectors) - 1]
@@ -103,8 +133,7 @@ def _cluster(vectors: FloatArray, k: int, rounds: int) -> Ints:
     centres = vectors[chosen]
     clusters: Ints = np.argmax(vectors @ centres.T, axis=1)
     for _ in range(rounds):
-        sums = np.zeros_like(centres)
-        np.add.at(sums, clusters, vectors)
+        sums = _sums(vectors, clusters, len(centres))
         lengths = np.linalg.norm(sums, axis=1, keepdims=True)
         # A cluster that fell empty, or whose members cancel, stays where it was.
         centres = np.where(lengths > 1e-6, sums / np.maximum(lengths, 1e-6), centres)

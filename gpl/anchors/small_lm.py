@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from gpl.anchors.base import GENERATOR_FILE, Beams, History
@@ -142,7 +143,7 @@ class SmallLM:
         try:
             model = SidTransformer(Shape(**description["shape"]))
             model.load_state_dict(load_file(directory / _WEIGHTS))
-        except (KeyError, TypeError, RuntimeError) as error:
+        except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{path}: does not fit the weights beside it: {error}") from error
         generator = cls(model)
         if generator.version != description.get("version"):

@@ -20,7 +20,7 @@ _DEMO: dict[str, Any] = {
         "allowed_lateness_seconds": 600.0,
         "idle_timeout_wall_seconds": 5.0,
     },
-    "profiles": {"allowed_lateness_seconds": 60.0, "idle_timeout_wall_seconds": 2.0},
+    "profiles": {"allowed_lateness_seconds": 60.0, "idle_timeout_wall_seconds": 10.0},
     "trainer": {"shadow": True, "publish_every_wall_seconds": 10.0, "checkpoint_every_wall_seconds": 10.0},
 }
 

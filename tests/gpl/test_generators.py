@@ -18,6 +18,7 @@ from gpl.anchors.history import HistoryClusters
 from gpl.anchors.sampling import batches, keep_probabilities, thin, windows
 from gpl.anchors.small_lm import SmallLM, SmallLMConfig
 from gpl.anchors.training import Schedule
+from gpl.anchors.transformer import Shape, SidTransformer
 from gpl.codes.centroids import SidCentroids
 from gpl.codes.trie import SidTrie
 
@@ -137,6 +138,49 @@ def test_an_answer_does_not_depend_on_the_others_in_the_call(cycle_lm: SmallLM):
     assert all(np.isclose(np.exp(cycle_lm.generate([h], trie, 9)[0].logprobs).sum(), 1, atol=1e-4) for h in histories)
 
 
+@torch.no_grad()
+def test_spelling_code_by_code_scores_as_whole_sequences_do():
+    """The beam decodes with ``next_code`` after one reading of the history; training scores all places at once."""
+    torch.manual_seed(0)
+    model = SidTransformer(Shape(LEVELS, SIZE, history=12, dim=16, layers=2, heads=2)).eval()
+    codes = torch.randint(0, SIZE, (3, 9, LEVELS))
+    together = model.all_codes(codes)
+    items = model.embed(codes).sum(dim=2)
+    for n in range(9):
+        context = model.context(items[:, :n])[:, -1]
+        for level in range(LEVELS):
+            alone = model.next_code(context, codes[:, n : n + 1, :level])[:, 0]
+            torch.testing.assert_close(alone, together[:, n, level], atol=1e-5, rtol=1e-5)
+
+
+def test_generated_probabilities_are_those_of_the_network(cycle_lm: SmallLM):
+    """Every SID of a trie, its probability taken from the training path, codes that do not exist left out by hand."""
+    sids, _ = catalogue(11, n=40)
+    history = history_of(range(6))
+    (found,) = cycle_lm.generate([history], SidTrie(sids, SIZE), SIZE**LEVELS)
+    existing = {tuple(sid) for sid in sids.tolist()}
+    assert {tuple(sid) for sid in found.sids.tolist()} == existing
+    for sid, logprob in zip(found.sids.tolist(), found.logprobs, strict=True):
+        scores = cycle_lm._model.all_codes(torch.tensor([[*history.sids.tolist(), sid]]))[0, -1]
+        expected = 0.0
+        for level in range(LEVELS):
+            allowed = sorted({other[level] for other in existing if list(other[:level]) == sid[:level]})
+            expected += float(scores[level, sid[level]] - torch.logsumexp(scores[level, allowed], 0))
+        assert abs(expected - logprob) < 1e-4
+
+
+def test_sids_and_tries_that_do_not_fit_are_refused(cycle_lm: SmallLM):
+    train = cycle_sequences(4, 0)
+    with pytest.raises(ValueError, match=r"sequences\[1\]\[2\]\[0\]: 9"):
+        bad = train[0].copy()
+        bad[2, 0] = 9
+        SmallLM.train([train[0], bad], [], LEVELS, SIZE, SmallLMConfig(), seed=0)
+    with pytest.raises(ValueError, match="sequences"):
+        SmallLM.train([train[0][:0]], [], LEVELS, SIZE, SmallLMConfig(), seed=0)
+    with pytest.raises(ValueError, match="trie"):
+        cycle_lm.generate([history_of(range(3))], SidTrie(CYCLE[:, :2], SIZE), 3)
+
+
 def test_training_is_deterministic_by_seed_and_leaves_the_global_generator_alone():
     def train(seed: int) -> str:
         config = SmallLMConfig(dim=16, schedule=Schedule(epochs=1))
@@ -161,7 +205,10 @@ def test_save_and_load_give_the_same_answers_and_damage_is_refused(cycle_lm: Sma
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(bytes(data))
-    with pytest.raises(ValueError, match=r"safetensors|version"):
+    with pytest.raises(ValueError, match="version"):
+        load_generator(tmp_path)
+    weights.write_bytes(bytes(data[: len(data) // 2]))
+    with pytest.raises(ValueError, match="does not fit the weights"):
         load_generator(tmp_path)
 
 
@@ -189,6 +236,33 @@ def test_history_clusters_answer_with_what_the_user_met(seed, length, beams):
     assert len(found) <= beams
     assert len(found) == 0 if not met else abs(np.exp(found.logprobs).sum() - 1) < 1e-5
     assert (np.diff(found.logprobs) <= 1e-6).all()
+
+
+@given(st.integers(0, 10**6), st.integers(0, 20))
+@settings(max_examples=40)
+def test_history_clusters_pass_over_what_the_trie_does_not_hold(seed, held):
+    sids, vectors = catalogue(seed)
+    trie = SidTrie(sids[:held], SIZE)
+    strange = np.random.default_rng(seed).integers(-1, SIZE + 2, size=sids.shape).astype(np.int32)
+    history = History(np.concatenate((sids, strange)), np.concatenate((vectors, vectors)))
+    (found,) = HistoryClusters().generate([history], trie, len(history))
+    assert {tuple(sid) for sid in found.sids.tolist()} <= {tuple(sid) for sid in sids[:held].tolist()}
+    kept = np.array([trie.contains(sid) for sid in history.sids.tolist()], bool)
+    (expected,) = HistoryClusters().generate([History(history.sids[kept], history.vectors[kept])], trie, len(history))
+    np.testing.assert_array_equal(found.sids, expected.sids)
+    np.testing.assert_array_equal(found.logprobs, expected.logprobs)
+    with pytest.raises(ValueError, match="levels"):
+        HistoryClusters().generate([History(history.sids[:, :2], history.vectors)], trie, 3)
+
+
+def test_of_equally_near_items_the_newest_stands_for_a_cluster():
+    rng = np.random.default_rng(0)
+    pair = rng.normal(size=(200, 2, DIM)).astype(np.float32)
+    pair /= np.linalg.norm(pair, axis=2, keepdims=True)
+    sids = np.array([[0, 0, 0], [1, 1, 1]], dtype=np.int32)
+    histories = [History(sids, vectors) for vectors in pair]
+    answers = HistoryClusters().generate(histories, SidTrie(sids, SIZE), 1)
+    assert all(answer.sids.tolist() == [[1, 1, 1]] for answer in answers)
 
 
 def test_history_clusters_separate_two_interests(tmp_path: Path):

@@ -25,6 +25,8 @@ START = 1_700_000_000_000
 STEP = 2_000
 WINDOW = 120
 LEVELS = 3
+CAP = 6_000
+"""Bytes of a record: room for every label but that of a recall of the whole catalogue."""
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ bootstrap_servers = "{kafka_settings.bootstrap_servers}"
 prefix = "{kafka_settings.prefix}"
 group_prefix = "{kafka_settings.group_prefix}"
 partitions = {kafka_settings.partitions}
-max_record_bytes = {kafka_settings.max_record_bytes}
+max_record_bytes = {CAP}
 [index]
 path = "{tmp_path / "index"}"
 [generator]
@@ -227,6 +229,13 @@ def test_every_request_gets_one_right_label_and_trouble_ends_in_the_dead_letters
                 encode(Feedback("far", "u", "item-1", 10 * START, "click")),
                 "future",
             ),
+            # Its label would be over the cap.
+            (
+                "recalls",
+                b"user-0",
+                encode(Recall("whole", "user-0", START + REQUESTS * STEP, [f"item-{i}" for i in range(ITEMS)])),
+                "too_large",
+            ),
             ("items", b"bad", b'{"item_id":"bad","text":"no vector"}', "item"),
             ("items", b"short", encode(Item("short", "", embedding=[1.0, 2.0])), "item"),
             ("items", b"other", encode(Item("key", "", embedding=[1.0] * DIM)), "key"),
@@ -241,7 +250,7 @@ def test_every_request_gets_one_right_label_and_trouble_ends_in_the_dead_letters
                 out.send(full_name(kafka, topic), key=record.user_id.encode(), value=encode(record))
                 if n % 97 == 0:  # redelivered
                     out.send(full_name(kafka, topic), key=record.user_id.encode(), value=encode(record))
-            for topic, key, value, _ in bad[len(records) // 1000 :]:
+            for topic, key, value, _ in bad[(len(records) + 499) // 1000 :]:
                 out.send(full_name(kafka, topic), key=key, value=value)
         wait_for("every request's label", lambda: len(final_labels(kafka)[0]) == REQUESTS)
         wait_for(
@@ -250,6 +259,7 @@ def test_every_request_gets_one_right_label_and_trouble_ends_in_the_dead_letters
         )
         wait_for("all to be settled", lambda: settled(kafka, site, artefacts, vectors))
 
+        wait_for("the dead letters", lambda: len(read_all(kafka, "dead-letters")) >= len(bad))
         letters = read_all(kafka, "dead-letters")
         found = {(letter.key, letter.value): dict(letter.headers) for letter in letters}
         for topic, key, value, reason in bad:
