@@ -50,7 +50,7 @@ class FitOptions:
     codebook_size: int | None = None
     beams: int = 10
     history: int = 50
-    epochs: int = 12
+    epochs: int = 20
     downsample_threshold: float = 1e-3
     calibration_users: int = 500
 
@@ -82,8 +82,10 @@ def fit(
     row_of = {item.item_id: row for row, item in enumerate(items)}
     known = [event for event in events if event.item_id in row_of]
     positives = _positives(known, row_of)
-    generator = _generator(positives, sids, quantiser, options, seed, warnings, say)
-    calibration = _calibration(known, positives, row_of, vectors, sids, generator, quantiser, options, seed, warnings)
+    generator, unseen = _generator(positives, sids, quantiser, options, seed, warnings, say)
+    # A language model scores the later clicks of users that it was trained on too well.
+    judged = {user: positives[user] for user in unseen}
+    calibration = _calibration(known, judged, row_of, vectors, sids, generator, quantiser, options, seed, warnings)
     report: dict[str, Any] = {
         "items": len(items),
         "events": len(events),
@@ -126,17 +128,19 @@ def _generator(
     seed: int,
     warnings: list[str],
     say: Say,
-) -> AnchorGenerator:
+) -> tuple[AnchorGenerator, list[str]]:
+    """The generator, and the users that it was not trained on."""
     if options.generator == "history":
-        return HistoryClusters()
+        return HistoryClusters(), list(positives)
     # By user id: the seed then decides the split into trained and held-out users, not the order of the events.
-    sequences = [sids[positives[user].rows] for user in sorted(positives) if len(positives[user].rows) >= 2]
+    users = [user for user in sorted(positives) if len(positives[user].rows) >= 2]
+    sequences = [sids[positives[user].rows] for user in users]
     if len(sequences) < MIN_SEQUENCES:
         warnings.append(
             f"{len(sequences)} users have two or more positives, a language model needs {MIN_SEQUENCES}: "
             "anchors are history clusters"
         )
-        return HistoryClusters()
+        return HistoryClusters(), list(positives)
     config = SmallLMConfig(
         history=options.history,
         schedule=Schedule(epochs=options.epochs, downsample_threshold=options.downsample_threshold),
@@ -149,7 +153,7 @@ def _generator(
     # One user in ten decides when to stop.
     order = np.random.default_rng(seed).permutation(len(sequences))
     held = max(1, len(sequences) // 10)
-    return SmallLM.train(
+    generator = SmallLM.train(
         [sequences[i] for i in order[held:]],
         [sequences[i] for i in order[:held]],
         options.levels,
@@ -158,6 +162,7 @@ def _generator(
         seed,
         on_progress=progress,
     )
+    return generator, [users[i] for i in order[:held]]
 
 
 def _calibration(

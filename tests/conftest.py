@@ -19,6 +19,8 @@ from streams.kafka import client_options
 from streams.settings import KafkaSettings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Small matrices on a busy machine: threads that wait for each other cost more than they bring.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 IN_CI = os.environ.get("CI", "").lower() in {"1", "true", "yes"}
 JARS = Path(__file__).parents[1] / toolchain.DEFAULT_CACHE

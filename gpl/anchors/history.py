@@ -28,9 +28,9 @@ _TIE = 1e-5  # difference of cosines that is rounding
 class HistoryClusters:
     """Spherical k-means on the vectors of the recent positives; an anchor is the SID nearest to a cluster's mean.
 
-    Nearest among the SIDs of the history that the trie still holds, so that no catalogue is needed. ``logprob`` is
-    the log of the cluster's share of the history; of equally near ones the newest is taken. Deterministic: k-means starts from the newest item and the points
-    farthest from those chosen before (Gonzalez 1985).
+    Nearest among the SIDs of the history that the trie still holds, so that no catalogue is needed; of equally near
+    ones the newest. ``logprob`` is the log of the cluster's share of the history. Deterministic: k-means starts from
+    the newest item and the points farthest from those chosen before (Gonzalez 1985).
     """
 
     history: int = 50

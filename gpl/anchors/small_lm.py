@@ -26,11 +26,16 @@ _WEIGHTS = "generator.safetensors"
 
 @dataclass(frozen=True)
 class SmallLMConfig:
-    """Size and training of the network."""
+    """Size and training of the network.
+
+    The defaults are what got furthest in 15 s of one core on MovieLens-100K's first half in time (487 users, 28,383
+    positives). Held-out nats an item: one layer 6.27, 6.19, 6.17 after 16, 20, 24 epochs; two layers 6.40 after 12
+    (both seeds tried); one layer of width 128 6.39 after 8.
+    """
 
     history: int = 50
     dim: int = 64
-    layers: int = 2
+    layers: int = 1
     heads: int = 2
     dropout: float = 0.1
     schedule: Schedule = field(default_factory=Schedule)
@@ -44,8 +49,8 @@ class SmallLM:
     """Anchor generator over `SidTransformer`. Immutable; on CPU until moved with ``to``.
 
     Users are computed one at a time, at the natural length of their history, so a user's beams do not depend on who
-    else is in the call, bit for bit (on one machine with one torch and thread count). Nothing is lost by it: at this
-    size a batch is not faster.
+    else is in the call, bit for bit (on one machine with one torch and thread count). It costs speed: batches of 32
+    were 5 times faster (1,800 users/s against 360 on one core, 20 beams, 50 items) and moved logprobs by up to 1e-6.
     """
 
     kind: ClassVar[str] = "small-lm"

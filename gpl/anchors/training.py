@@ -28,7 +28,7 @@ _CLIP = 1.0
 class Schedule:
     """How long and how hard to train."""
 
-    epochs: int = 12
+    epochs: int = 20
     patience: int = 2
     """Epochs without a better validation loss before training stops; the best epoch's weights are kept."""
     batch_items: int = 400

@@ -7,8 +7,8 @@ predicts each code from the context and the codes before it:
     p(c_1..c_L | history) = prod_l p(c_l | context, c_1..c_{l-1})
 
 Against one token a code, sequences are ``levels`` times shorter, and a beam extends a vector instead of a key-value
-cache. MovieLens-100K, trained on the first half in time: 6.4 nats an item on held-out users after 11 s of one core,
-against 7.7 after 29 s with one token a code.
+cache. MovieLens-100K, trained on the first half in time, two layers and 12 epochs for both, one seed: 6.34 nats an
+item on held-out users after 11 s of CPU, against 8.08 after 17 s with one token a code (which was not tuned further).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,20 @@ def test_damaged_artefacts_are_refused_and_the_file_is_named(fitted: Artefacts, 
         victim = tmp_path / "a" / "manifest.json"
         victim.write_text("{")
     with pytest.raises(ArtefactsError, match=victim.name):
+        Artefacts.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("key", ["versions", "sha256", "report", "calibration"])
+def test_a_manifest_that_lacks_a_part_is_refused(fitted: Artefacts, tmp_path: Path, key: str):
+    fitted.save(tmp_path / "a")
+    path = tmp_path / "a" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in manifest.items() if name != key}))
+    with pytest.raises(ArtefactsError, match=r"manifest\.json"):
+        Artefacts.load(tmp_path / "a")
+    manifest["versions"]["generator"] = "small-lm-000000000000"
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ArtefactsError, match="small-lm-000000000000"):
         Artefacts.load(tmp_path / "a")
 
 
