@@ -69,7 +69,7 @@ class GeneratorSettings(Section):
     kind: Literal["small-lm", "history"] = "small-lm"
     beams: int = Field(10, ge=1, le=200, description="anchors a user, K")
     history: int = Field(50, ge=1, description="most recent positives read by the generator")
-    epochs: int = Field(12, ge=1)
+    epochs: int = Field(20, ge=1)
     downsample_threshold: float = Field(
         1e-3, gt=0, description="t in min(1, sqrt(t / f)): keep probability of an item with frequency f"
     )
