@@ -7,6 +7,7 @@ of the event, never of a machine. Lists that can hold thousands of entries are c
 
 from __future__ import annotations
 
+import hashlib
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -199,6 +200,15 @@ class ModelUpdate(Record, frozen=True, omit_defaults=False):
     source_offsets: dict[str, int]
     newest_event_ts: int
     metrics: dict[str, float]
+
+
+def calibration_record(said: dict[str, Any], ts: int = 0) -> Calibration:
+    """A fitted calibration (``to_dict`` of the library's) as a record in force from ``ts`` on.
+
+    Its version is a hash of what it says.
+    """
+    version = hashlib.sha256(msgspec.json.encode(said, order="sorted")).hexdigest()[:12]
+    return msgspec.convert({**said, "version": version, "ts": ts}, Calibration)
 
 
 R = TypeVar("R", bound=Record)

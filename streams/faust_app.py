@@ -21,7 +21,7 @@ import msgspec
 import structlog
 
 from streams import dead_letters, metrics
-from streams.kafka import RecordTooLargeError, check_size
+from streams.kafka import BATCH_OVERHEAD_BYTES, RecordTooLargeError, check_size
 from streams.settings import KafkaSettings
 from streams.topics import full_name
 
@@ -55,8 +55,8 @@ def make_app(kafka: KafkaSettings, role: str) -> Any:
         # Requests stay unacknowledged for their whole window on purpose; that is no livelock.
         broker_commit_livelock_soft_timeout=7 * 86400.0,
         consumer_auto_offset_reset="earliest",
-        consumer_max_fetch_size=max(2**20, kafka.max_record_bytes + 65_536),
-        producer_max_request_size=kafka.max_record_bytes + 65_536,
+        consumer_max_fetch_size=max(2**20, kafka.max_record_bytes + BATCH_OVERHEAD_BYTES),
+        producer_max_request_size=kafka.max_record_bytes + BATCH_OVERHEAD_BYTES,
         producer_compression_type=None if kafka.compression == "none" else kafka.compression,
         producer_acks=-1,
         producer_linger=0.005,
@@ -157,11 +157,6 @@ class Publisher:
         self._on_failure = on_failure
         self._topics: dict[str, Any] = {}
         self._pending: set[Any] = set()
-
-    @property
-    def pending(self) -> int:
-        """Records sent and not yet acknowledged."""
-        return len(self._pending)
 
     async def send(
         self,

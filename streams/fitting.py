@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-
-import msgspec
 
 from gpl.artefacts import Artefacts
 from gpl.catalogue import ItemContent
 from gpl.fit import Event, FitOptions
 from gpl.fit import fit as fit_artefacts
 from gpl.space import PRECOMPUTED, SentenceEncoder, choose_encoder
-from streams.contracts import Calibration, Feedback, Item, encode
+from streams.contracts import Calibration, Feedback, Item, calibration_record, encode
 from streams.data.reader import records
 from streams.kafka import producer
 from streams.settings import KafkaSettings, Settings
@@ -74,16 +71,9 @@ def exposures(feedback: Iterable[Feedback]) -> list[Event]:
     return sorted((Event(user, item, *when) for (user, item, _), when in found.items()), key=lambda e: (e.ts, e))
 
 
-def calibration_record(artefacts: Artefacts, ts: int = 0) -> Calibration:
-    """The artefacts' calibration as a record in force from ``ts`` on; its version is a hash of what it says."""
-    said = artefacts.calibration.to_dict()
-    version = hashlib.sha256(msgspec.json.encode(said, order="sorted")).hexdigest()[:12]
-    return msgspec.convert({**said, "version": version, "ts": ts}, Calibration)
-
-
 def publish_calibration(kafka: KafkaSettings, artefacts: Artefacts, ts: int = 0) -> Calibration:
     """Put the calibration on its topic, in force from ``ts`` on, and wait until it is durable."""
-    record = calibration_record(artefacts, ts)
+    record = calibration_record(artefacts.calibration.to_dict(), ts)
     with producer(kafka) as out:
         # Keyed by version: compaction keeps every version, since old requests may still ask for an old one.
         out.send(full_name(kafka, "calibrations"), key=record.version.encode(), value=encode(record)).get(timeout=30)

@@ -8,6 +8,9 @@ from kafka import KafkaConsumer, KafkaProducer
 
 from streams.settings import KafkaSettings
 
+BATCH_OVERHEAD_BYTES = 65_536
+"""What a batch may add to its one record: headers (a dead letter's error message among them) and framing."""
+
 
 class RecordTooLargeError(ValueError):
     """A record over ``kafka.max_record_bytes``: refused here, never truncated."""
@@ -46,7 +49,7 @@ def producer(kafka: KafkaSettings, **overrides: Any) -> KafkaProducer:
         "enable_idempotence": True,
         "linger_ms": 5,
         "compression_type": None if kafka.compression == "none" else kafka.compression,
-        "max_request_size": kafka.max_record_bytes + 65_536,
+        "max_request_size": kafka.max_record_bytes + BATCH_OVERHEAD_BYTES,
     }
     return KafkaProducer(**{**options, **overrides})
 
@@ -58,6 +61,6 @@ def consumer(kafka: KafkaSettings, **overrides: Any) -> KafkaConsumer:
         "enable_auto_commit": False,
         "auto_offset_reset": "earliest",
         # A single record may be as large as the cap.
-        "max_partition_fetch_bytes": max(2**20, kafka.max_record_bytes + 65_536),
+        "max_partition_fetch_bytes": max(2**20, kafka.max_record_bytes + BATCH_OVERHEAD_BYTES),
     }
     return KafkaConsumer(**{**options, **overrides})

@@ -11,11 +11,8 @@ from kafka import KafkaAdminClient
 from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.errors import KafkaError, TopicAlreadyExistsError, for_code
 
-from streams.kafka import client_options
+from streams.kafka import BATCH_OVERHEAD_BYTES, client_options
 from streams.settings import KafkaSettings
-
-BATCH_OVERHEAD_BYTES = 65_536
-"""What a batch may add to its one record: headers (a dead letter's error message among them) and framing."""
 
 
 @dataclass(frozen=True)

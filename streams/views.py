@@ -11,7 +11,9 @@ import structlog
 from numpy.typing import NDArray
 
 from gpl.catalogue import Catalogue
+from gpl.labels import labeller
 from streams.contracts import Calibration, ItemVector, UserAnchors, decode
+from streams.settings import LabelSettings
 
 log = structlog.get_logger()
 
@@ -26,6 +28,28 @@ def vectors_from(data: bytes, dim: int) -> NDArray[np.float32]:
     if dim <= 0 or len(data) % (4 * dim):
         raise ValueError(f"vector: {len(data)} bytes are no whole number of rows of {dim} float32 values")
     return np.frombuffer(data, dtype="<f4").astype(np.float32).reshape(-1, dim)
+
+
+def labeller_config(settings: LabelSettings) -> labeller.Config:
+    """What the library makes labels with under these settings."""
+    return labeller.Config(
+        matching=settings.matching,
+        kernel_tau=settings.kernel_tau,
+        dispersion=settings.dispersion,
+        history=settings.history,
+        generation=settings.generation,
+    )
+
+
+def prepared_anchors(record: UserAnchors, dim: int, levels: int, config: labeller.Config) -> labeller.PreparedAnchors:
+    """A record's anchors, ready to match. Raises ValueError when it has none or its columns do not fit each other."""
+    return labeller.PreparedAnchors.build(
+        vectors_from(record.vectors, dim),
+        np.asarray(record.logprob, dtype=np.float32),
+        np.asarray(record.history_factor, dtype=np.float32),
+        levels,
+        config,
+    )
 
 
 class CatalogueView:
@@ -134,10 +158,6 @@ class AnchorsView(Generic[V]):
         """The user's anchors with the newest ts <= ``ts``."""
         versions = self._by_user.get(user_id)
         return None if versions is None else versions.at(ts)
-
-    def newest(self, user_id: str) -> V | None:
-        versions = self._by_user.get(user_id)
-        return None if versions is None else versions.newest()
 
     def forget_before(self, ts: int) -> None:
         """Let go of versions that requests at or after ``ts`` cannot use."""

@@ -11,7 +11,7 @@ from typing import ClassVar
 from streams.broker.local import LocalBroker
 from streams.broker.process import LOOPBACK, BrokerError
 from streams.broker.toolchain import DEFAULT_CACHE, fetch_jars, find_java
-from streams.topics import BATCH_OVERHEAD_BYTES
+from streams.kafka import BATCH_OVERHEAD_BYTES
 
 _PROPERTIES = """\
 # Written at every start of the broker; changes here are lost.

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 import gpl
-from streams.contracts import Calibration, Item, encode
+from streams.contracts import Calibration, Item, calibration_record, encode
 from streams.data.reader import FILES, records
 from streams.data.validate import content_problem
 from streams.demo import movielens
@@ -72,9 +72,8 @@ def load_fit(artefacts: Path) -> Fitted | None:
     if not path.is_file():
         return None
     said = json.loads(path.read_text(encoding="utf-8"))["calibration"]
-    version = hashlib.sha256(msgspec.json.encode(said, order="sorted")).hexdigest()[:12]
     # In force from the beginning, whatever the times of the events are.
-    return Fitted(artefacts, msgspec.convert({**said, "version": version, "ts": 0}, Calibration))
+    return Fitted(artefacts, calibration_record(said))
 
 
 def carries_embeddings(data: Path, max_bytes: int) -> bool:

@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from gpl.labels import labeller
 from streams import metrics
 from streams.contracts import Cause, Feedback, Recall, UserAnchors, decode, encode
 from streams.faust_app import Original
@@ -22,7 +21,7 @@ from streams.log_view import LogView
 from streams.role import PartitionState, Role
 from streams.settings import LabelSettings, Settings
 from streams.topics import full_name
-from streams.views import AnchorsView, CalibrationView
+from streams.views import AnchorsView, CalibrationView, labeller_config
 from streams.watermark import NEVER, Watermark
 
 SOURCES = ("recalls", "feedback")
@@ -104,13 +103,7 @@ class LabelsRole(Role[Partition]):
         self._levels = levels
         self._lookup = lookup
         self._catalogue_ready = catalogue_ready
-        self._config = labeller.Config(
-            matching=labels.matching,
-            kernel_tau=labels.kernel_tau,
-            dispersion=labels.dispersion,
-            history=labels.history,
-            generation=labels.generation,
-        )
+        self._config = labeller_config(labels)
         self._idle_timeout = labels.idle_timeout_wall_seconds or labels.window_seconds + labels.allowed_lateness_seconds
         self._anchors: AnchorsView[AnchorSet] = AnchorsView(self._prepare)
         self._anchors_log: LogView | None = None

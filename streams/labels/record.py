@@ -15,7 +15,7 @@ from gpl.labels import labeller
 from gpl.labels.calibration import NoCalibration, Platt
 from streams import contracts
 from streams.labels.joiner import Joined
-from streams.views import vectors_from
+from streams.views import prepared_anchors
 
 Lookup = Callable[[list[str]], tuple[list[str], NDArray[np.float32]]]
 """ids -> the known among them, in order, and their vectors (n, dim)."""
@@ -47,13 +47,7 @@ def anchor_set(record: contracts.UserAnchors, dim: int, levels: int, config: lab
     """Prepare an anchors record for matching. Raises ValueError when its columns do not fit each other."""
     prepared = None
     if record.sid:
-        prepared = labeller.PreparedAnchors.build(
-            vectors_from(record.vectors, dim),
-            np.asarray(record.logprob, dtype=np.float32),
-            np.asarray(record.history_factor, dtype=np.float32),
-            levels,
-            config,
-        )
+        prepared = prepared_anchors(record, dim, levels, config)
     return AnchorSet(record.ts, record.version, record.generator, prepared)
 
 

@@ -27,7 +27,7 @@ from streams.contracts import ModelUpdate, UserAnchors, decode
 from streams.frame import Frame
 from streams.log_view import Handler, LogView
 from streams.settings import LabelSettings, Settings
-from streams.views import CatalogueView, vectors_from
+from streams.views import CatalogueView, labeller_config, prepared_anchors
 
 log = structlog.get_logger()
 
@@ -62,9 +62,7 @@ class AnchorCache:
     """Handler for ``user-anchors``: the newest anchors of each user, ready to match as the labels role matches them."""
 
     def __init__(self, settings: LabelSettings, frame: Frame) -> None:
-        self._config = labeller.Config(
-            settings.matching, settings.kernel_tau, settings.dispersion, settings.history, settings.generation
-        )
+        self._config = labeller_config(settings)
         self._frame = frame
         self._by_user: dict[str, tuple[int, PreparedAnchors]] = {}
 
@@ -81,13 +79,7 @@ class AnchorCache:
         if not anchors.logprob:
             self._by_user.pop(anchors.user_id, None)
             return
-        prepared = PreparedAnchors.build(
-            vectors_from(anchors.vectors, self._frame.dim),
-            np.array(anchors.logprob, np.float32),
-            np.array(anchors.history_factor, np.float32),
-            self._frame.levels,
-            self._config,
-        )
+        prepared = prepared_anchors(anchors, self._frame.dim, self._frame.levels, self._config)
         self._by_user[anchors.user_id] = (anchors.ts, prepared)
 
     def of(self, user_id: str) -> PreparedAnchors | None:
