@@ -103,22 +103,38 @@ class PreRanker(nn.Module):
         Row 0 is an unknown id. ``anchor_score`` (n,) raw, NaN or None where the user has no anchors.
         Raises ValueError for shapes that do not fit and IndexError for rows beyond the tables.
         """
+        return self.combine(self.item_side(item_row, content) @ self.user_side(user_row), anchor_score)
+
+    @torch.no_grad()
+    def item_side(self, item_row: Ints, content: Floats) -> Floats:
+        """What of a logit depends on the item alone, (n, w): made once a model, its product with a ``user_side`` is
+        what the towers say. Arguments and errors as of :meth:`score`."""
         n = len(item_row)
         if content.shape != (n, self.dim_content):
             raise ValueError(f"content: shape {content.shape}, expected ({n}, {self.dim_content})")
-        if anchor_score is None:
-            anchor_score = np.full(n, np.nan, dtype=np.float32)
-        elif anchor_score.shape != (n,):
-            raise ValueError(f"anchor_score: shape {anchor_score.shape}, expected ({n},)")
-        self._check_rows("user_row", np.array([user_row]), self.n_users)
         self._check_rows("item_row", item_row, self.n_items)
         rows = torch.from_numpy(np.ascontiguousarray(item_row, dtype=np.int64))
-        user = self.default + self.users[user_row]
-        # <W e + V, u> = <e, W'u> + <V, u>: the user goes to content space once, not each item to tower space.
-        towers = torch.from_numpy(np.asarray(content, dtype=np.float32) @ (self.content.T @ user).numpy())
-        towers += self.items.index_select(0, rows) @ user + self.item_bias[rows, 0] + self.bias
+        vectors = torch.from_numpy(np.asarray(content, dtype=np.float32) @ self.content.detach().numpy().T)
+        vectors += self.items.index_select(0, rows)
+        side: Floats = torch.cat([vectors, self.item_bias.index_select(0, rows)], dim=1).numpy()
+        return side
+
+    @torch.no_grad()
+    def user_side(self, user_row: int) -> Floats:
+        """The user's counterpart (w,) of :meth:`item_side`. Row 0: the default user."""
+        self._check_rows("user_row", np.array([user_row]), self.n_users)
+        side: Floats = torch.cat([self.default + self.users[user_row], torch.ones(1)]).numpy()
+        return side
+
+    @torch.no_grad()
+    def combine(self, towers: Floats, anchor_score: Floats | None) -> Floats:
+        """Logits (n,) from the products (n,) of the two sides and the raw anchor scores, as in :meth:`score`."""
+        if anchor_score is None:
+            anchor_score = np.full(len(towers), np.nan, dtype=np.float32)
+        elif anchor_score.shape != towers.shape:
+            raise ValueError(f"anchor_score: shape {anchor_score.shape}, expected {towers.shape}")
         scores = torch.from_numpy(np.ascontiguousarray(anchor_score, dtype=np.float32))
-        logits: Floats = self._combine(towers, scores).full.numpy()
+        logits: Floats = self._combine(torch.from_numpy(towers) + self.bias, scores).full.numpy()
         return logits
 
     def state_tensors(self) -> dict[str, Tensor]:
