@@ -153,7 +153,8 @@ class Provenance(Record, frozen=True, omit_defaults=False):
 
     ``recall``: [partition, offset]; ``feedback``: offsets in the same partition of the feedback topic.
     ``unknown``: candidates and exposed items without a vector. ``correction``: why there is a revision above 0;
-    "restart": the request was labelled again after a restart and came out differently.
+    "restart": the request was labelled again after a restart and came out differently. ``anchors_digest``: hash of
+    what the anchors say; ``code``: hash of the source that labels. Null in records older than these fields.
     """
 
     recall: tuple[int, int]
@@ -168,6 +169,8 @@ class Provenance(Record, frozen=True, omit_defaults=False):
     calibration: str | None
     config: str
     correction: Cause | None
+    anchors_digest: str | None = None
+    code: str | None = None
 
 
 class Label(Record, frozen=True, omit_defaults=False):

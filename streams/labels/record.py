@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from gpl.labels import labeller
 from gpl.labels.calibration import NoCalibration, Platt
 from streams import contracts
+from streams.labels.code import code_version
 from streams.labels.joiner import Joined
 from streams.views import prepared_anchors
 
@@ -26,21 +27,27 @@ DIGITS = 6
 
 @dataclass(frozen=True)
 class AnchorSet:
-    """A user's anchors as a record gave them; ``prepared`` is None for a record without anchors."""
+    """A user's anchors as a record gave them; ``prepared`` is None for a record without anchors.
+
+    ``digest``: hash of what is matched. A refresh that was answered twice, over a catalogue that had changed in
+    between, has the same version and another digest.
+    """
 
     ts: int
     version: int
     generator: str
     prepared: labeller.PreparedAnchors | None
+    digest: str
 
 
 @dataclass(frozen=True)
 class Versions:
-    """What this process labels with."""
+    """What this process labels with. ``code``: by default that of the source that runs."""
 
     encoder: str
     quantiser: str
     config: str
+    code: str = field(default_factory=code_version)
 
 
 def anchor_set(record: contracts.UserAnchors, dim: int, levels: int, config: labeller.Config) -> AnchorSet:
@@ -48,7 +55,9 @@ def anchor_set(record: contracts.UserAnchors, dim: int, levels: int, config: lab
     prepared = None
     if record.sid:
         prepared = prepared_anchors(record, dim, levels, config)
-    return AnchorSet(record.ts, record.version, record.generator, prepared)
+    said = msgspec.json.encode([record.vectors, record.logprob, record.history_factor])
+    digest = hashlib.blake2b(said, digest_size=6).hexdigest()
+    return AnchorSet(record.ts, record.version, record.generator, prepared, digest)
 
 
 def make_label(
@@ -107,6 +116,8 @@ def make_label(
             calibration=(calibration.version if calibration else "none") if matched else None,
             config=versions.config,
             correction=None,
+            anchors_digest=anchors.digest if matched and anchors else None,
+            code=versions.code,
         ),
     )
 

@@ -9,6 +9,7 @@ import pytest
 
 from gpl.labels.labeller import Config
 from streams import contracts
+from streams.labels.code import code_version
 from streams.labels.joiner import Joined
 from streams.labels.record import Versions, anchor_set, calibration_of, corrected, digest, make_label
 from streams.views import vector_bytes
@@ -158,3 +159,22 @@ def test_anchor_columns_that_do_not_fit_are_refused():
         anchor_set(contracts.msgspec.structs.replace(record, vectors=b"123"), DIM, LEVELS, Config())
     with pytest.raises(ValueError, match="logprobs"):
         anchor_set(contracts.msgspec.structs.replace(record, logprob=[-1.0]), DIM, LEVELS, Config())
+
+
+def test_provenance_tells_the_anchors_content_and_the_code_that_labelled():
+    world = World()
+    anchors = anchor_set(world.anchors, DIM, LEVELS, Config())
+    label = make_label(joined(["i1"], {}), 0, anchors, None, world.lookup, VERSIONS)
+    assert (label.provenance.anchors_digest, label.provenance.code) == (anchors.digest, code_version())
+    # The same refresh answered twice, over another catalogue.
+    other = contracts.msgspec.structs.replace(world.anchors, logprob=[-1.0] * 5)
+    assert anchor_set(other, DIM, LEVELS, Config()).digest != anchors.digest
+    nothing = make_label(joined(["i1"], {}), 0, None, None, world.lookup, VERSIONS)
+    assert nothing.provenance.anchors_digest is None
+
+
+def test_a_record_older_than_a_provenance_field_can_still_be_read():
+    label = make_label(joined(["i1"], {}), 0, None, None, World().lookup, VERSIONS)
+    old = json.loads(contracts.encode(label))
+    del old["provenance"]["anchors_digest"], old["provenance"]["code"]
+    assert contracts.decode(contracts.Label, json.dumps(old).encode()).provenance.code is None
