@@ -1,0 +1,39 @@
+"""Items of a data set in the frozen space. Items without any content are zero rows, which match nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gpl.evaluation.dataset import DataError, Dataset, Floats
+from gpl.evaluation.upstream import UpstreamConfig
+from gpl.evaluation.world import World, build
+from gpl.space import PRECOMPUTED, Encoder, Space, raw_vectors
+
+
+def embed(dataset: Dataset, encoder: Encoder) -> tuple[Floats, Floats]:
+    """``(raw, centred)`` unit vectors (n, d) each. Items that all bring an embedding are not encoded.
+
+    Centring is fitted on the items that have content. Raises DataError when fewer than two have, or only some bring an
+    embedding, ValueError for bad vectors.
+    """
+    carries = [item.embedding is not None for item in dataset.items]
+    if any(carries) and not all(carries):
+        raise DataError(
+            f"{dataset.name}: {sum(carries)} of {len(carries)} items have an embedding, expected all or none"
+        )
+    used = None if all(carries) else encoder
+    having = [at for at, item in enumerate(dataset.items) if used is None or item.text.strip()]
+    if len(having) < 2:
+        raise DataError(f"{dataset.name}: {len(having)} items have a text, at least 2 are needed")
+    found = raw_vectors([dataset.items[at] for at in having], used)
+    lengths = np.linalg.norm(found, axis=1, keepdims=True)
+    unit = (found / np.maximum(lengths, 1e-12)).astype(np.float32)
+    space = Space.fit(PRECOMPUTED if used is None else used.name, unit)
+    raw, vectors = np.zeros((2, len(dataset.items), unit.shape[1]), dtype=np.float32)
+    raw[having], vectors[having] = unit, space.project(unit)
+    return raw, vectors
+
+
+def embedded_world(dataset: Dataset, encoder: Encoder, seed: int, config: UpstreamConfig | None = None) -> World:
+    """`embed` and `build` in one."""
+    return build(dataset, *embed(dataset, encoder), seed, config)

@@ -1,0 +1,38 @@
+"""Readers of public data sets, each in the format of its source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from gpl.evaluation import neutral
+from gpl.evaluation.dataset import Dataset
+from gpl.evaluation.sources import amazon, coat, jester, kuairec, mind, movielens, retail
+
+CONVERTERS: dict[str, Callable[[Path], Dataset]] = {
+    "jester": jester.read,
+    "kuairec": kuairec.read,
+    "coat": coat.read,
+    "mind": mind.read,
+    "amazon-office": amazon.read,
+    "online-retail": retail.read,
+}
+"""By name: a reader of the source's directory. Raises FileNotFoundError and DataError."""
+
+BUILT_IN: dict[str, Callable[[], Dataset]] = {
+    "ml-100k-completed": movielens.completed,
+    "ml-100k-time": movielens.time_split,
+}
+"""Sets that need no files: they come with an installed package. Raises movielens.DatasetMissingError."""
+
+
+def open_dataset(name: str, truth: Path | None = None) -> Dataset:
+    """A built-in set by its name, or a directory in the neutral format.
+
+    Raises FileNotFoundError, DataError, movielens.DatasetMissingError.
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name]()
+    if not Path(name).is_dir():
+        raise FileNotFoundError(f"{name}: neither a directory nor a built-in set ({', '.join(BUILT_IN)})")
+    return neutral.load(Path(name), truth)
