@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gpl.anchors.base import AnchorGenerator, load_generator
-from gpl.codes.quantiser import ResidualKMeans
+from gpl.codes.quantiser import Quantiser, load_quantiser
 from gpl.labels.calibration import NoCalibration, Platt, calibration_from_dict
 from gpl.space import Space
 
@@ -28,7 +28,7 @@ class Artefacts:
     """The fitted parts. ``report``: what fitting found (sizes, code use, losses, warnings), for people."""
 
     space: Space
-    quantiser: ResidualKMeans
+    quantiser: Quantiser
     generator: AnchorGenerator
     calibration: Platt | NoCalibration
     report: dict[str, Any] = field(default_factory=dict)
@@ -82,7 +82,7 @@ class Artefacts:
                 raise ArtefactsError(f"{directory / name} {what}")
         loaded = cls(
             space=Space.load(directory / "space"),
-            quantiser=ResidualKMeans.load(directory / "quantiser"),
+            quantiser=load_quantiser(directory / "quantiser"),
             generator=load_generator(directory / "generator"),
             calibration=calibration,
             report=report,

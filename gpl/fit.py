@@ -6,19 +6,23 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpl.anchors.base import AnchorGenerator, History, anchors_of
+from gpl.anchors.beam import Decoding
 from gpl.anchors.history import HistoryClusters
 from gpl.anchors.small_lm import SmallLM, SmallLMConfig
-from gpl.anchors.training import Schedule
+from gpl.anchors.training import Resume, Schedule
 from gpl.artefacts import Artefacts
 from gpl.catalogue import ItemContent
 from gpl.codes.centroids import SidCentroids
-from gpl.codes.quantiser import ResidualKMeans, suggest_codebook_size
+from gpl.codes.quantiser import Quantiser, suggest_codebook_size, suggest_levels
+from gpl.codes.rq_kmeans import ResidualKMeans
+from gpl.codes.rq_vae import ResidualVAE
 from gpl.codes.trie import SidTrie
 from gpl.labels.calibration import NoCalibration, Platt
 from gpl.labels.matching import max_cosine
@@ -42,17 +46,22 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class FitOptions:
-    """``codebook_size`` None: chosen from the catalogue. ``history``: most recent positives that anchors are made
-    from. ``calibration_users``: how many users' exposures the calibration is fitted on."""
+    """``levels`` and ``codebook_size`` None: chosen from the catalogue. ``history``: most recent positives that anchors
+    are made from. ``calibration_users``: how many users' exposures the calibration is fitted on. ``resume``: directory
+    where the training of a language model keeps its state, to go on after an interruption."""
 
     generator: Literal["small-lm", "history"] = "small-lm"
-    levels: int = 3
+    quantiser: Literal["rq-kmeans", "rq-vae"] = "rq-kmeans"
+    levels: int | None = None
     codebook_size: int | None = None
     beams: int = 10
     history: int = 50
     epochs: int = 20
     downsample_threshold: float = 1e-3
+    exclude_seen: bool = False
+    temperature: float = 1.0
     calibration_users: int = 500
+    resume: Path | None = None
 
 
 def fit(
@@ -75,10 +84,9 @@ def fit(
     raw = raw_vectors(items, encoder)
     space = Space.fit(PRECOMPUTED if encoder is None else encoder.name, raw)
     vectors = space.project(raw)
-    size = options.codebook_size or suggest_codebook_size(len(items))
-    quantiser = ResidualKMeans.fit(vectors, options.levels, size, seed)
+    quantiser = fit_quantiser(vectors, options, seed)
     sids = quantiser.encode(vectors)
-    say(f"space of {len(items):,} items, codes {options.levels} x {quantiser.codebook_size}")
+    say(f"space of {len(items):,} items, codes {quantiser.levels} x {quantiser.codebook_size} by {quantiser.kind}")
     row_of = {item.item_id: row for row, item in enumerate(items)}
     known = [event for event in events if event.item_id in row_of]
     positives = _positives(known, row_of)
@@ -103,6 +111,14 @@ def fit(
     return Artefacts(space, quantiser, generator, calibration, report)
 
 
+def fit_quantiser(vectors: NDArray[np.float32], options: FitOptions, seed: int) -> Quantiser:
+    """The quantiser that ``options`` name, on unit vectors (n, dim)."""
+    size = options.codebook_size or suggest_codebook_size(len(vectors))
+    levels = options.levels or suggest_levels(len(vectors), size)
+    kind = ResidualVAE if options.quantiser == ResidualVAE.kind else ResidualKMeans
+    return kind.fit(vectors, levels, size, seed)
+
+
 class _Positives(NamedTuple):
     """A user's clicked items as catalogue rows, oldest first, and their times."""
 
@@ -123,7 +139,7 @@ def _positives(events: Sequence[Event], row_of: dict[str, int]) -> dict[str, _Po
 def _generator(
     positives: dict[str, _Positives],
     sids: NDArray[np.int32],
-    quantiser: ResidualKMeans,
+    quantiser: Quantiser,
     options: FitOptions,
     seed: int,
     warnings: list[str],
@@ -131,7 +147,7 @@ def _generator(
 ) -> tuple[AnchorGenerator, list[str]]:
     """The generator, and the users that it was not trained on."""
     if options.generator == "history":
-        return HistoryClusters(), list(positives)
+        return HistoryClusters(exclude_seen=options.exclude_seen), list(positives)
     # By user id: the seed then decides the split into trained and held-out users, not the order of the events.
     users = [user for user in sorted(positives) if len(positives[user].rows) >= 2]
     sequences = [sids[positives[user].rows] for user in users]
@@ -140,10 +156,11 @@ def _generator(
             f"{len(sequences)} users have two or more positives, a language model needs {MIN_SEQUENCES}: "
             "anchors are history clusters"
         )
-        return HistoryClusters(), list(positives)
+        return HistoryClusters(exclude_seen=options.exclude_seen), list(positives)
     config = SmallLMConfig(
         history=options.history,
         schedule=Schedule(epochs=options.epochs, downsample_threshold=options.downsample_threshold),
+        decoding=Decoding(options.temperature, options.exclude_seen),
     )
 
     def progress(step: int, total: int, loss: float) -> None:
@@ -156,11 +173,12 @@ def _generator(
     generator = SmallLM.train(
         [sequences[i] for i in order[held:]],
         [sequences[i] for i in order[:held]],
-        options.levels,
+        quantiser.levels,
         quantiser.codebook_size,
         config,
         seed,
         on_progress=progress,
+        resume=None if options.resume is None else Resume(options.resume / "generator.safetensors"),
     )
     return generator, [users[i] for i in order[:held]]
 
@@ -172,7 +190,7 @@ def _calibration(
     vectors: NDArray[np.float32],
     sids: NDArray[np.int32],
     generator: AnchorGenerator,
-    quantiser: ResidualKMeans,
+    quantiser: Quantiser,
     options: FitOptions,
     seed: int,
     warnings: list[str],
@@ -182,7 +200,7 @@ def _calibration(
     if len(enough) > options.calibration_users:
         chosen = np.random.default_rng(seed).choice(len(enough), options.calibration_users, replace=False)
         enough = [enough[i] for i in sorted(chosen)]
-    trie, centroids = SidTrie(sids, quantiser.codebook_size), SidCentroids(sids, vectors)
+    trie, centroids = SidTrie(sids, quantiser.codebook_size, vectors), SidCentroids(sids, vectors)
     cut: dict[str, int] = {}
     histories: list[History] = []
     for user in enough:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -23,9 +24,14 @@ def fit(
 
     settings = load(config)
     target = out or settings.artefacts
+    # Where a killed run left the language model's training; the next one goes on there.
+    training = target.with_name(f"{target.name}.training")
     try:
-        artefacts = fit_directory(data, settings, seed, typer.echo)
+        if target.exists():
+            raise FileExistsError(f"{target} exists; artefacts are written to a new directory")
+        artefacts = fit_directory(data, settings, seed, typer.echo, training)
         artefacts.save(target)
+        shutil.rmtree(training, ignore_errors=True)
     except (FileNotFoundError, FileExistsError, ValueError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error

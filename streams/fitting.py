@@ -20,9 +20,17 @@ Say = Callable[[str], None]
 
 
 def fit_records(
-    items: Iterable[Item], feedback: Iterable[Feedback], settings: Settings, seed: int, say: Say
+    items: Iterable[Item],
+    feedback: Iterable[Feedback],
+    settings: Settings,
+    seed: int,
+    say: Say,
+    resume: Path | None = None,
 ) -> Artefacts:
-    """Fit on items and past feedback. Raises ValueError naming what does not suffice or cannot be encoded."""
+    """Fit on items and past feedback. ``resume``: directory of a language model's training state.
+
+    Raises ValueError naming what does not suffice or cannot be encoded.
+    """
     contents = {item.item_id: ItemContent(item.item_id, item.text, item.embedding) for item in items}
     if not contents:
         raise ValueError("items: no valid record, there is nothing to fit")
@@ -39,26 +47,30 @@ def fit_records(
     generator = settings.generator
     options = FitOptions(
         generator=generator.kind,
+        quantiser=settings.codes.kind,
         levels=settings.codes.levels,
         codebook_size=settings.codes.codebook_size,
         beams=generator.beams,
         history=generator.history,
         epochs=generator.epochs,
         downsample_threshold=generator.downsample_threshold,
+        exclude_seen=generator.exclude_seen,
+        temperature=generator.temperature,
+        resume=resume,
     )
     events = exposures(feedback)
     say(f"fitting on {len(catalogue):,} items and {len(events):,} exposures")
     return fit_artefacts(catalogue, events, encoder, options, seed, say)
 
 
-def fit_directory(data: Path, settings: Settings, seed: int, say: Say) -> Artefacts:
+def fit_directory(data: Path, settings: Settings, seed: int, say: Say, resume: Path | None = None) -> Artefacts:
     """Fit on the valid records of a data directory's ``items.jsonl`` and ``feedback.jsonl``.
 
     Raises FileNotFoundError for a missing file, ValueError as ``fit_records``.
     """
     cap = settings.kafka.max_record_bytes
     items = records(data / "items.jsonl", Item, cap)
-    return fit_records(items, records(data / "feedback.jsonl", Feedback, cap), settings, seed, say)
+    return fit_records(items, records(data / "feedback.jsonl", Feedback, cap), settings, seed, say, resume)
 
 
 def exposures(feedback: Iterable[Feedback]) -> list[Event]:

@@ -61,7 +61,8 @@ class SpaceSettings(Section):
 
 
 class CodesSettings(Section):
-    levels: int = Field(3, ge=1, le=8)
+    kind: Literal["rq-kmeans", "rq-vae"] = "rq-kmeans"
+    levels: int | None = Field(None, ge=1, le=8, description="None: chosen from the catalogue's size")
     codebook_size: int | None = Field(None, ge=2, le=4096, description="None: chosen from the catalogue's size")
 
 
@@ -73,6 +74,8 @@ class GeneratorSettings(Section):
     downsample_threshold: float = Field(
         1e-3, gt=0, description="t in min(1, sqrt(t / f)): keep probability of an item with frequency f"
     )
+    exclude_seen: bool = Field(False, description="no anchors at semantic ids that are in the user's history")
+    temperature: float = Field(1.0, gt=0, description="of a language model's scores; below 1 sharper, above 1 flatter")
 
 
 class ProfileSettings(Section):

@@ -14,7 +14,6 @@ from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from gpl.anchors.base import GENERATOR_FILE, Beams, FloatArray, History, IntArray
 from gpl.codes.trie import SidTrie
@@ -28,15 +27,17 @@ _TIE = 1e-5  # difference of cosines that is rounding
 class HistoryClusters:
     """Spherical k-means on the vectors of the recent positives; an anchor is the SID nearest to a cluster's mean.
 
-    Nearest among the SIDs of the history that the trie still holds, so that no catalogue is needed; of equally near
-    ones the newest. ``logprob`` is the log of the cluster's share of the history. Deterministic: k-means starts from
-    the newest item and the points farthest from those chosen before (Gonzalez 1985).
+    Nearest among the SIDs of the history that the trie still holds (with ``exclude_seen``, among all SIDs that are not
+    in the history); of equally near ones the newest. ``logprob`` is the log of the cluster's share of the history.
+    Deterministic: k-means starts from the newest item and the points farthest from those chosen before (Gonzalez 1985).
     """
 
     history: int = 50
     """Most recent items that are read."""
     rounds: int = 10
     """Lloyd's rounds, at most."""
+    exclude_seen: bool = False
+    """Answer with the nearest SID that is not in the history, instead of one that is. Needs a trie with vectors."""
 
     kind: ClassVar[str] = "history"
 
@@ -54,27 +55,22 @@ class HistoryClusters:
         """One `Beams` a history, in order; see `AnchorGenerator`. Empty where no item of the history is in the trie."""
         if beams < 1:
             raise ValueError(f"beams: {beams}, must be at least 1")
-        return [self._generate(history.last(self.history), trie, beams) for history in histories]
+        return [self._generate(history.last(self.history), history.sids, trie, beams) for history in histories]
 
-    def _generate(self, history: History, trie: SidTrie, beams: int) -> Beams:
-        known = _in_trie(history.sids, trie)
+    def _generate(self, history: History, seen: IntArray, trie: SidTrie, beams: int) -> Beams:
+        known = (trie.leaves(history.sids) >= 0).cpu().numpy()
         sids, vectors = history.sids[known], history.vectors[known]
         if not len(sids):
             return Beams(np.zeros((0, trie.levels), np.int32), np.zeros(0, np.float32))
         clusters = _cluster(vectors, beams, self.rounds)
+        if self.exclude_seen:
+            return _nearest_unseen(clusters, vectors, seen, trie)
         sizes = np.bincount(clusters)
         # A pair is equally near to its mean: the newer one stands for it, not the one that rounding prefers.
         near = vectors @ _sums(vectors, clusters, len(sizes)).T
         newest_first = (near >= near.max(axis=0) - _TIE * sizes)[::-1]
         nearest = len(sids) - 1 - np.argmax(newest_first, axis=0)
-        # Two clusters may have the same nearest SID: they are one anchor, with both shares.
-        weight: dict[tuple[int, ...], int] = {}
-        for sid, size in zip(map(tuple, sids[nearest].tolist()), sizes.tolist(), strict=True):
-            if size:
-                weight[sid] = weight.get(sid, 0) + size
-        ranked = sorted(weight.items(), key=lambda entry: (-entry[1], entry[0]))
-        shares = np.array([count for _, count in ranked]) / len(sids)
-        return Beams(np.array([sid for sid, _ in ranked], np.int32), np.log(shares).astype(np.float32))
+        return _beams(sids[nearest], sizes)
 
     def save(self, directory: Path) -> None:
         """Write ``generator.json`` into ``directory``, which is made if need be."""
@@ -88,7 +84,7 @@ class HistoryClusters:
         path = directory / GENERATOR_FILE
         description = json.loads(path.read_text())
         try:
-            generator = cls(int(description["history"]), int(description["rounds"]))
+            generator = cls(int(description["history"]), int(description["rounds"]), bool(description["exclude_seen"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a description of history clusters: {error!r}") from error
         if generator.version != description.get("version"):
@@ -96,21 +92,27 @@ class HistoryClusters:
         return generator
 
 
-def _in_trie(sids: IntArray, trie: SidTrie) -> npt.NDArray[np.bool_]:
-    """Which of the SIDs (n, levels) some item carries (n,); a code out of the codebook is carried by none.
+def _beams(sids: IntArray, sizes: Ints) -> Beams:
+    """Clusters as beams, by size. Two may have the same SID: they are one anchor, with both shares."""
+    weight: dict[tuple[int, ...], int] = {}
+    for sid, size in zip(map(tuple, sids.tolist()), sizes.tolist(), strict=True):
+        if size:
+            weight[sid] = weight.get(sid, 0) + size
+    ranked = sorted(weight.items(), key=lambda entry: (-entry[1], entry[0]))
+    shares = np.array([count for _, count in ranked]) / sizes.sum()
+    return Beams(np.array([sid for sid, _ in ranked], np.int32), np.log(shares).astype(np.float32))
 
-    Raises ValueError for SIDs of another number of levels.
-    """
-    if sids.shape[1] != trie.levels:
-        raise ValueError(f"history: SIDs of {sids.shape[1]} levels, the trie has {trie.levels}")
-    codes = torch.from_numpy(sids.astype(np.int64))
-    valid = ((codes >= 0) & (codes < trie.codebook_size)).all(dim=1)
-    codes = codes.clamp(0, trie.codebook_size - 1)
-    nodes = torch.full((len(sids),), trie.root)
-    for level in range(trie.levels):
-        nodes = trie.step(nodes).gather(1, codes[:, level : level + 1]).squeeze(1)
-    known: npt.NDArray[np.bool_] = ((nodes >= 0) & valid).numpy()
-    return known
+
+def _nearest_unseen(clusters: Ints, vectors: FloatArray, seen: IntArray, trie: SidTrie) -> Beams:
+    """Each cluster's nearest SID that was not seen, the smaller one on a tie; none where all were."""
+    every, places = trie.places()
+    known = set(map(tuple, seen.tolist()))
+    unseen = np.array([sid not in known for sid in map(tuple, every.tolist())], bool)
+    if not unseen.any():
+        return Beams(np.zeros((0, trie.levels), np.int32), np.zeros(0, np.float32))
+    sizes = np.bincount(clusters)
+    near = places[unseen] @ _sums(vectors, clusters, len(sizes)).T
+    return _beams(every[unseen][near.argmax(axis=0)], sizes)
 
 
 def _sums(vectors: FloatArray, clusters: Ints, k: int) -> FloatArray:

@@ -11,13 +11,15 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from gpl.anchors.base import GENERATOR_FILE, Beams, History
-from gpl.anchors.beam import beam_search
+from gpl.anchors.beam import Decoding, as_beams, beam_search, closed_nodes
 from gpl.anchors.sampling import IntArray
-from gpl.anchors.training import Progress, Schedule, train
+from gpl.anchors.training import PADDING, Progress, Resume, Schedule, padded, train
 from gpl.anchors.transformer import Shape, SidTransformer
 from gpl.codes.trie import SidTrie
 
@@ -39,6 +41,7 @@ class SmallLMConfig:
     heads: int = 2
     dropout: float = 0.1
     schedule: Schedule = field(default_factory=Schedule)
+    decoding: Decoding = field(default_factory=Decoding)
 
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:
@@ -55,15 +58,18 @@ class SmallLM:
 
     kind: ClassVar[str] = "small-lm"
 
-    def __init__(self, model: SidTransformer, validation_losses: Sequence[float] = ()) -> None:
+    def __init__(
+        self, model: SidTransformer, decoding: Decoding | None = None, validation_losses: Sequence[float] = ()
+    ) -> None:
         self._model = model.eval().requires_grad_(False)
+        self.decoding = decoding or Decoding()
         self.validation_losses = tuple(validation_losses)
         """Nats an item on held-out users after each epoch; empty for a generator that was loaded."""
-        self._version = _version(model)
+        self._version = _version(model, self.decoding)
 
     @property
     def version(self) -> str:
-        """``small-lm-`` and a hash of shape and weights."""
+        """``small-lm-`` and a hash of shape, weights and decoding."""
         return self._version
 
     @property
@@ -74,7 +80,11 @@ class SmallLM:
         """This generator with its weights on ``device``."""
         moved = SidTransformer(self.shape)
         moved.load_state_dict(self._model.state_dict())
-        return SmallLM(moved.to(device), self.validation_losses)
+        return SmallLM(moved.to(device), self.decoding, self.validation_losses)
+
+    def with_decoding(self, decoding: Decoding) -> SmallLM:
+        """The same weights, read in another way."""
+        return SmallLM(self._model, decoding, self.validation_losses)
 
     @classmethod
     def train(
@@ -87,11 +97,13 @@ class SmallLM:
         seed: int,
         device: torch.device | str = "cpu",
         on_progress: Progress | None = None,
+        resume: Resume | None = None,
     ) -> SmallLM:
         """Train on users' positives: SIDs (n, levels) int32, oldest first; users of ``validation`` decide when to stop.
 
-        The same arguments give the same weights on one machine's CPU with one thread count; on CUDA they may
-        differ by rounding. Raises ValueError without a sequence, and for SIDs that do not fit.
+        ``resume``: where an interrupted call left its state, see `gpl.anchors.training.train`. The same arguments give
+        the same weights on one machine's CPU with one thread count; on CUDA they may differ by rounding. Raises
+        ValueError without a sequence, and for SIDs that do not fit.
         """
         if not any(map(len, sequences)):
             raise ValueError("sequences: no items to train on")
@@ -104,8 +116,17 @@ class SmallLM:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             model = SidTransformer(shape, config.dropout).to(device)
-            losses = train(model, sequences, validation, config.schedule, seed, on_progress)
-        return cls(model.cpu(), losses)
+
+            def likelihood(cut: Sequence[IntArray]) -> Tensor:
+                targets = padded(cut, levels).to(device)
+                # Padding is on the right and attention is causal: real items never see it.
+                scores = model.all_codes(targets.clamp(min=0))
+                return F.cross_entropy(scores.flatten(0, 2), targets.flatten(), ignore_index=PADDING, reduction="sum")
+
+            losses = train(
+                model, likelihood, config.history, sequences, validation, config.schedule, seed, on_progress, resume
+            )
+        return cls(model.cpu(), config.decoding, losses)
 
     @torch.inference_mode()
     def generate(self, histories: Sequence[History], trie: SidTrie, beams: int) -> list[Beams]:
@@ -126,18 +147,27 @@ class SmallLM:
         _check_sids(recent, self.shape.levels, self.shape.codebook_size, "history")
         items = model.embed(torch.from_numpy(recent.astype(np.int64)).to(device)).sum(dim=1)
         context = model.context(items.unsqueeze(0))[:, -1]
-        sids, logprobs = beam_search(lambda prefixes: model.next_code(context, prefixes.to(device)), trie, 1, beams)
-        found = torch.isfinite(logprobs[0])
-        return Beams(
-            sids[0][found].to(torch.int32).cpu().numpy(),
-            logprobs[0][found].clamp(max=0.0).cpu().numpy(),
+        sids, logprobs = beam_search(
+            lambda prefixes, _: model.next_code(context, prefixes.to(device)),
+            trie,
+            1,
+            beams,
+            self.decoding.temperature,
+            # All that was seen, not only what the model reads.
+            closed_nodes(trie, [history.sids], self.decoding),
         )
+        return as_beams(sids[0], logprobs[0])
 
     def save(self, directory: Path) -> None:
         """Write ``generator.json`` and ``generator.safetensors`` into ``directory``, which is made if need be."""
         directory.mkdir(parents=True, exist_ok=True)
         save_file(_weights(self._model), directory / _WEIGHTS)
-        description = {"kind": self.kind, "version": self.version, "shape": asdict(self.shape)}
+        description = {
+            "kind": self.kind,
+            "version": self.version,
+            "shape": asdict(self.shape),
+            "decoding": self.decoding.to_dict(),
+        }
         (directory / GENERATOR_FILE).write_text(json.dumps(description, indent=2) + "\n")
 
     @classmethod
@@ -148,9 +178,9 @@ class SmallLM:
         try:
             model = SidTransformer(Shape(**description["shape"]))
             model.load_state_dict(load_file(directory / _WEIGHTS))
+            generator = cls(model, Decoding(**description["decoding"]))
         except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{path}: does not fit the weights beside it: {error}") from error
-        generator = cls(model)
         if generator.version != description.get("version"):
             raise ValueError(
                 f"{path}: version {description.get('version')}; the weights beside it are {generator.version}"
@@ -162,8 +192,8 @@ def _weights(model: SidTransformer) -> dict[str, torch.Tensor]:
     return {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
 
 
-def _version(model: SidTransformer) -> str:
-    digest = hashlib.sha256(json.dumps(asdict(model.shape), sort_keys=True).encode())
+def _version(model: SidTransformer, decoding: Decoding) -> str:
+    digest = hashlib.sha256(json.dumps([asdict(model.shape), decoding.to_dict()], sort_keys=True).encode())
     for name, tensor in sorted(_weights(model).items()):
         digest.update(name.encode() + b"\0" + tensor.numpy().astype("<f4").tobytes())
     return f"{SmallLM.kind}-{digest.hexdigest()[:12]}"

@@ -1,24 +1,25 @@
-"""Training of the SID transformer: next-item cross-entropy, early stopping on users it does not train on."""
+"""Training of a generator's network: next-item cross-entropy, early stopping on users it does not train on."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from gpl.anchors.checkpoint import TrainingState, fingerprint
 from gpl.anchors.sampling import IntArray, batches, keep_probabilities, thin, windows
-from gpl.anchors.transformer import SidTransformer
 
 Progress = Callable[[int, int, float], None]
 """``progress(step, total, loss)`` after each optimiser step; loss in nats an item."""
+Likelihood = Callable[[Sequence[IntArray]], Tensor]
+"""Negative log-likelihood, in nats, summed over all items of windows of SIDs (n, levels)."""
 
-_PADDING = -100  # the target that F.cross_entropy leaves out
+PADDING = -100  # the target that F.cross_entropy leaves out
 _WARMUP = 0.1  # share of the steps
 _BETAS = (0.9, 0.98)
 _CLIP = 1.0
@@ -46,77 +47,98 @@ class Schedule:
             raise ValueError(f"weight_decay: {self.weight_decay}, must not be negative")
 
 
+@dataclass(frozen=True)
+class Resume:
+    """Where training keeps its state, so that it can go on after an interruption."""
+
+    path: Path
+    """One safetensors file, replaced whole; removed by whoever keeps the result."""
+    every: int = 100
+    """Optimiser steps between two writes; each epoch's end is written too."""
+
+
 def train(
-    model: SidTransformer,
+    network: nn.Module,
+    likelihood: Likelihood,
+    history: int,
     sequences: Sequence[IntArray],
     validation: Sequence[IntArray],
     schedule: Schedule,
     seed: int,
     on_progress: Progress | None = None,
+    resume: Resume | None = None,
 ) -> list[float]:
-    """Fit ``model`` in place, on its device; answers the validation loss (nats an item) after each epoch.
+    """Fit those parameters of ``network`` that ask for gradients, in place, on their device.
 
-    ``sequences``, ``validation``: users' SIDs (n, levels), oldest first. Without validation all epochs are run and
-    the answer is empty. Dropout draws from torch's global generator, which the caller seeds.
+    Answers the validation loss (nats an item) after each epoch. ``likelihood`` is the network's; ``history``: items of
+    a window. ``sequences``, ``validation``: users' SIDs (n, levels), oldest first. Without validation all epochs are
+    run and the answer is empty. Dropout draws from torch's global generator, which the caller seeds.
+
+    With ``resume`` an interrupted call is taken up where its state was written last, and ends with the very weights
+    of one that was not interrupted. A state of other data, another seed or schedule is passed over.
     """
     rng = np.random.default_rng(seed)
     keep = keep_probabilities(sequences, schedule.downsample_threshold)
-    length = model.shape.history
     # Popular items are thinned anew each epoch; drawn ahead, so that the number of steps is known to the schedule.
     epochs = [
-        batches(windows(thin(sequences, keep, rng), length, rng), schedule.batch_items, rng)
+        batches(windows(thin(sequences, keep, rng), history, rng), schedule.batch_items, rng)
         for _ in range(schedule.epochs)
     ]
-    held_out = batches(windows(validation, length), schedule.batch_items)
-    total, step = sum(map(len, epochs)), 0
+    held_out = batches(windows(validation, history), schedule.batch_items)
+    total = sum(map(len, epochs))
+    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
     optimiser = torch.optim.AdamW(
-        model.parameters(), lr=schedule.learning_rate, betas=_BETAS, weight_decay=schedule.weight_decay
+        parameters.values(), lr=schedule.learning_rate, betas=_BETAS, weight_decay=schedule.weight_decay
     )
-    losses: list[float] = []
-    best = model.state_dict()
-    for epoch in epochs:
-        model.train()
-        for batch in epoch:
+    state = TrainingState(parameters, optimiser)
+    identity = fingerprint([*sequences, *validation], history, asdict(schedule), seed, parameters)
+    if resume is not None:
+        state.load(resume.path, identity)
+    while state.epoch < schedule.epochs and not _stalled(state.losses, schedule.patience):
+        network.train()
+        epoch = epochs[state.epoch]
+        while state.batch < len(epoch):
+            batch = epoch[state.batch]
             for group in optimiser.param_groups:
-                group["lr"] = schedule.learning_rate * _rate(step, total)
-            loss = _negative_log_likelihood(model, batch) / sum(map(len, batch))
+                group["lr"] = schedule.learning_rate * _rate(state.step, total)
+            loss = likelihood(batch) / sum(map(len, batch))
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
+            torch.nn.utils.clip_grad_norm_(parameters.values(), _CLIP)
             optimiser.step()
-            step += 1
+            state.batch, state.step = state.batch + 1, state.step + 1
             if on_progress is not None:
-                on_progress(step, total, loss.item())
-        if not held_out:
-            continue
-        losses.append(_evaluate(model, held_out))
-        if losses[-1] == min(losses):
-            best = copy.deepcopy(model.state_dict())
-        elif len(losses) > losses.index(min(losses)) + schedule.patience:
-            break
-    model.load_state_dict(best)
-    model.eval()
-    return losses
+                on_progress(state.step, total, loss.item())
+            if resume is not None and state.step % resume.every == 0 and state.batch < len(epoch):
+                state.save(resume.path, identity)
+        if held_out:
+            state.end_epoch(_evaluate(network, likelihood, held_out))
+        else:
+            state.end_epoch(None)
+        if resume is not None:
+            state.save(resume.path, identity)
+    state.restore_best()
+    network.eval()
+    return state.losses
 
 
-def _negative_log_likelihood(model: SidTransformer, cut: Sequence[IntArray]) -> Tensor:
-    """Sum over all items of the windows, in nats.
-
-    Windows are padded on the right; attention is causal, so real items never see the padding.
-    """
-    padded = np.full((len(cut), max(map(len, cut)), model.shape.levels), _PADDING, dtype=np.int64)
-    for row, window in zip(padded, cut, strict=True):
+def padded(cut: Sequence[IntArray], levels: int) -> Tensor:
+    """Windows as one int64 tensor (windows, longest, levels), filled up on the right with `PADDING`."""
+    rows = np.full((len(cut), max(map(len, cut)), levels), PADDING, dtype=np.int64)
+    for row, window in zip(rows, cut, strict=True):
         row[: len(window)] = window
-    targets = torch.from_numpy(padded).to(model.offsets.device)
-    scores = model.all_codes(targets.clamp(min=0))
-    return F.cross_entropy(scores.flatten(0, 2), targets.flatten(), ignore_index=_PADDING, reduction="sum")
+    return torch.from_numpy(rows)
 
 
 @torch.no_grad()
-def _evaluate(model: SidTransformer, held_out: Sequence[Sequence[IntArray]]) -> float:
-    model.eval()
-    total = sum(float(_negative_log_likelihood(model, batch)) for batch in held_out)
+def _evaluate(network: nn.Module, likelihood: Likelihood, held_out: Sequence[Sequence[IntArray]]) -> float:
+    network.eval()
+    total = sum(float(likelihood(batch)) for batch in held_out)
     return total / sum(len(window) for batch in held_out for window in batch)
+
+
+def _stalled(losses: Sequence[float], patience: int) -> bool:
+    return bool(losses) and len(losses) > losses.index(min(losses)) + patience
 
 
 def _rate(step: int, total: int) -> float:

@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from gpl.codes.centroids import SidCentroids
+
 
 class SidTrie:
     """Prefix tree over SIDs. A beam keeps a node id a prefix, from ``root`` on, and asks ``step`` for what may follow.
@@ -19,9 +21,12 @@ class SidTrie:
 
     root = 0
 
-    def __init__(self, codes: npt.NDArray[np.integer], codebook_size: int) -> None:
-        """``codes``: (n, levels), n may be 0, duplicates are fine. Raises ValueError for a code out of
-        [0, codebook_size).
+    def __init__(
+        self, codes: npt.NDArray[np.integer], codebook_size: int, vectors: npt.NDArray[np.float32] | None = None
+    ) -> None:
+        """``codes``: (n, levels), n may be 0, duplicates are fine. ``vectors``: unit rows (n, dim) of the items that
+        carry them, for who asks where a SID lies (`places`). Raises ValueError for a code out of
+        [0, codebook_size), and for vectors that are not parallel.
         """
         codes = np.asarray(codes, np.int64)
         if codes.ndim != 2 or codes.shape[1] < 1:
@@ -30,6 +35,8 @@ class SidTrie:
         if wrong.any():
             row, level = np.argwhere(wrong)[0]
             raise ValueError(f"codes[{row}][{level}]: {codes[row, level]}, expected 0 to {codebook_size - 1}")
+        if vectors is not None and (vectors.ndim != 2 or len(vectors) != len(codes)):
+            raise ValueError(f"vectors: shape {vectors.shape}, expected ({len(codes)}, dim)")
         self.levels = codes.shape[1]
         self.codebook_size = codebook_size
 
@@ -45,7 +52,13 @@ class SidTrie:
             nodes += len(keys)
         self._size = len(edge_codes[-1])
         self._leaves_from = nodes - self._size
-        degree = np.bincount(np.concatenate(edge_parents), minlength=nodes)
+        self.nodes = nodes
+        """Node ids are 0 to ``nodes`` - 1; children come after their parents."""
+        self._codes, self._vectors = codes, vectors
+        self._places: tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]] | None = None
+        parent = np.concatenate(edge_parents)
+        degree = np.bincount(parent, minlength=nodes)
+        self._parent = torch.from_numpy(np.append(self.root, parent))  # the root is its own
         self._degree = torch.from_numpy(degree)
         self._first_edge = torch.from_numpy(np.cumsum(degree) - degree)
         self._edge_code = torch.from_numpy(np.concatenate(edge_codes))
@@ -58,7 +71,7 @@ class SidTrie:
         """This trie with its tables on ``device``."""
         moved = object.__new__(SidTrie)
         moved.__dict__.update(self.__dict__)
-        for name in ("_degree", "_first_edge", "_edge_code"):
+        for name in ("_parent", "_degree", "_first_edge", "_edge_code"):
             setattr(moved, name, getattr(self, name).to(device))
         return moved
 
@@ -77,6 +90,47 @@ class SidTrie:
         edges = self._first_edge[flat[rows]] + within
         children[rows, self._edge_code[edges]] = edges + 1
         return children.reshape(*nodes.shape, self.codebook_size)
+
+    def leaves(self, sids: npt.NDArray[np.integer]) -> torch.Tensor:
+        """Node ids (n,) of whole SIDs (n, levels), -1 where no item carries one; any code may be asked for.
+
+        Raises ValueError for SIDs of another number of levels.
+        """
+        if sids.ndim != 2 or sids.shape[1] != self.levels:
+            raise ValueError(f"sids: shape {sids.shape}, the trie has {self.levels} levels")
+        codes = torch.from_numpy(sids.astype(np.int64)).to(self._degree.device)
+        valid = ((codes >= 0) & (codes < self.codebook_size)).all(dim=1)
+        codes = codes.clamp(0, self.codebook_size - 1)
+        nodes = torch.full((len(sids),), self.root, device=codes.device)
+        for level in range(self.levels):
+            nodes = self.step(nodes).gather(1, codes[:, level : level + 1]).squeeze(1)
+        return nodes.where(valid, -1)
+
+    def closed_by(self, sids: npt.NDArray[np.integer]) -> torch.Tensor:
+        """Which nodes (nodes,) lead nowhere once ``sids`` (n, levels) are left out: their leaves, and every node all of
+        whose children are closed.
+        """
+        leaves = self.leaves(sids)
+        closed = torch.zeros(self.nodes, dtype=torch.bool, device=leaves.device)
+        closing = torch.unique(leaves[leaves >= 0])
+        for _ in range(self.levels):
+            closed[closing] = True
+            parents, children = torch.unique(self._parent[closing], return_counts=True)
+            closing = parents[children == self._degree[parents]]
+        closed[closing] = True
+        return closed
+
+    def places(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """Every SID (m, levels), ascending, and the mean direction (m, dim) of the items that carry it.
+
+        Raises ValueError when the trie was built without vectors.
+        """
+        if self._vectors is None:
+            raise ValueError("trie: built without vectors, so it cannot tell where a SID lies")
+        if self._places is None:
+            sids = np.unique(self._codes, axis=0).astype(np.int32)
+            self._places = sids, SidCentroids(self._codes, self._vectors).vectors_of(sids)
+        return self._places
 
     def contains(self, sid: Sequence[int]) -> bool:
         """Whether some item carries the whole SID (``levels`` codes)."""

@@ -76,7 +76,11 @@ class AnchorsRole(BatchRole):
         if self._codes is None or self._codes[0] != self._catalogue.generation:
             rows = self._catalogue.rows(self._catalogue.ids())
             sids, vectors = self._catalogue.sids[rows], self._catalogue.vectors[rows]
-            self._codes = (self._catalogue.generation, SidTrie(sids, self._codebook_size), SidCentroids(sids, vectors))
+            self._codes = (
+                self._catalogue.generation,
+                SidTrie(sids, self._codebook_size, vectors),
+                SidCentroids(sids, vectors),
+            )
         return self._codes[1], self._codes[2]
 
     def _generate(self, histories: list[History], trie: SidTrie, centroids: SidCentroids) -> list[Anchors | None]:

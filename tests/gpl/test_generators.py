@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpl.anchors.base import Beams, History, anchors_of, load_generator
-from gpl.anchors.beam import beam_search
+from gpl.anchors.beam import Decoding, beam_search
 from gpl.anchors.history import HistoryClusters
 from gpl.anchors.sampling import batches, keep_probabilities, thin, windows
 from gpl.anchors.small_lm import SmallLM, SmallLMConfig
-from gpl.anchors.training import Schedule
+from gpl.anchors.training import Resume, Schedule
 from gpl.anchors.transformer import Shape, SidTransformer
 from gpl.codes.centroids import SidCentroids
 from gpl.codes.trie import SidTrie
@@ -39,7 +39,7 @@ def table_scorer(seed: int):
         for level in range(LEVELS)
     }
 
-    def score(prefixes: torch.Tensor) -> torch.Tensor:
+    def score(prefixes: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
         return tables[prefixes.shape[2]][tuple(prefixes.unbind(-1))].expand(*prefixes.shape[:2], SIZE)
 
     return tables, score
@@ -87,7 +87,7 @@ def test_a_narrow_beam_gives_existing_sids_in_falling_order():
 
 def test_ties_go_to_the_smaller_sid():
     sids = np.array(list(itertools.product(range(2), repeat=3)), dtype=np.int32)
-    found, _ = beam_search(lambda p: torch.zeros(*p.shape[:2], SIZE), SidTrie(sids, SIZE), batch=1, beams=8)
+    found, _ = beam_search(lambda p, _: torch.zeros(*p.shape[:2], SIZE), SidTrie(sids, SIZE), batch=1, beams=8)
     assert found[0].tolist() == sids.tolist()
 
 
@@ -95,7 +95,7 @@ def test_ties_go_to_the_smaller_sid():
 def test_no_beams_are_refused(beams):
     sids, _ = catalogue(0)
     with pytest.raises(ValueError, match="beams"):
-        beam_search(lambda p: torch.zeros(*p.shape[:2], SIZE), SidTrie(sids, SIZE), 1, beams)
+        beam_search(lambda p, _: torch.zeros(*p.shape[:2], SIZE), SidTrie(sids, SIZE), 1, beams)
 
 
 CYCLE = np.array([[0, 1, 2], [1, 2, 3], [2, 3, 0], [3, 0, 1], [0, 2, 1]], dtype=np.int32)
@@ -167,6 +167,62 @@ def test_generated_probabilities_are_those_of_the_network(cycle_lm: SmallLM):
             allowed = sorted({other[level] for other in existing if list(other[:level]) == sid[:level]})
             expected += float(scores[level, sid[level]] - torch.logsumexp(scores[level, allowed], 0))
         assert abs(expected - logprob) < 1e-4
+
+
+def test_what_was_seen_is_left_out_and_the_rest_is_renormalised(cycle_lm: SmallLM):
+    sids, _ = catalogue(11, n=40)
+    trie, history = SidTrie(sids, SIZE), History(sids[:7], np.eye(DIM, dtype=np.float32)[:7])
+    (every,) = cycle_lm.generate([history], trie, SIZE**LEVELS)
+    unseen = cycle_lm.with_decoding(Decoding(exclude_seen=True))
+    (found,) = unseen.generate([history], trie, SIZE**LEVELS)
+    seen = set(map(tuple, history.sids.tolist()))
+    assert set(map(tuple, found.sids.tolist())) == set(map(tuple, every.sids.tolist())) - seen
+    assert abs(np.exp(found.logprobs.astype(np.float64)).sum() - 1) < 1e-4
+    assert unseen.version != cycle_lm.version
+    everything = History(sids, np.eye(DIM, dtype=np.float32)[np.arange(len(sids)) % DIM])
+    assert len(unseen.generate([everything], trie, 5)[0]) == 0
+
+
+def test_temperature_flattens(cycle_lm: SmallLM):
+    trie, history = SidTrie(CYCLE, SIZE), history_of(range(6))
+    (plain,) = cycle_lm.generate([history], trie, 5)
+    (flat,) = cycle_lm.with_decoding(Decoding(temperature=50.0)).generate([history], trie, 5)
+    assert plain.logprobs[0] > flat.logprobs[0]
+    assert np.ptp(flat.logprobs) < 1 < np.ptp(plain.logprobs)
+    with pytest.raises(ValueError, match="temperature: 0"):
+        Decoding(temperature=0.0)
+
+
+class _Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("killed_at", [3, 7, 12])
+def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path: Path, killed_at: int):
+    config = SmallLMConfig(dim=16, schedule=Schedule(epochs=4, batch_items=100, downsample_threshold=1.0))
+    data = cycle_sequences(40, 0), cycle_sequences(8, 1)
+    straight = SmallLM.train(*data, LEVELS, SIZE, config, seed=0)
+    steps: list[int] = []
+
+    def kill(step: int, total: int, loss: float) -> None:
+        if step == killed_at:
+            raise _Killed
+
+    resume = Resume(tmp_path / "state.safetensors", every=2)
+    with pytest.raises(_Killed):
+        SmallLM.train(*data, LEVELS, SIZE, config, seed=0, on_progress=kill, resume=resume)
+    resumed = SmallLM.train(
+        *data, LEVELS, SIZE, config, seed=0, on_progress=lambda step, *_: steps.append(step), resume=resume
+    )
+    assert steps[0] > 1, "it did not start anew"
+    assert resumed.version == straight.version
+    assert resumed.validation_losses == straight.validation_losses
+    # Of another seed it is not taken up, and a damaged one is refused.
+    other = SmallLM.train(*data, LEVELS, SIZE, config, seed=1, resume=resume)
+    assert other.version == SmallLM.train(*data, LEVELS, SIZE, config, seed=1).version
+    resume.path.write_bytes(resume.path.read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"state\.safetensors"):
+        SmallLM.train(*data, LEVELS, SIZE, config, seed=1, resume=resume)
 
 
 def test_sids_and_tries_that_do_not_fit_are_refused(cycle_lm: SmallLM):
@@ -263,6 +319,26 @@ def test_of_equally_near_items_the_newest_stands_for_a_cluster():
     histories = [History(sids, vectors) for vectors in pair]
     answers = HistoryClusters().generate(histories, SidTrie(sids, SIZE), 1)
     assert all(answer.sids.tolist() == [[1, 1, 1]] for answer in answers)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 30), st.integers(1, 12))
+@settings(max_examples=40)
+def test_history_clusters_can_answer_with_what_was_not_met(seed, length, beams):
+    sids, vectors = catalogue(seed)
+    rows = np.random.default_rng(seed).integers(0, len(sids) // 2, size=length)
+    history = History(sids[rows], vectors[rows])
+    trie = SidTrie(sids, SIZE, vectors)
+    (found,) = HistoryClusters(exclude_seen=True).generate([history], trie, beams)
+    met = set(map(tuple, history.sids.tolist()))
+    assert not set(map(tuple, found.sids.tolist())) & met
+    assert all(trie.contains(sid) for sid in found.sids.tolist())
+    assert 0 < len(found) <= beams
+    assert abs(np.exp(found.logprobs).sum() - 1) < 1e-5
+    if beams == 1:
+        unseen = [row for row in range(len(sids)) if tuple(sids[row].tolist()) not in met]
+        centroids = SidCentroids(sids, vectors)
+        near = centroids.vectors_of(sids[unseen]) @ history.vectors.sum(axis=0)
+        assert near.max() - centroids.vectors_of(found.sids)[0] @ history.vectors.sum(axis=0) < 1e-5
 
 
 def test_history_clusters_separate_two_interests(tmp_path: Path):

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpl.codes import ResidualKMeans, suggest_codebook_size
+from gpl.codes import ResidualKMeans, ResidualVAE, VAEConfig, load_quantiser, suggest_codebook_size, suggest_levels
 
 
 def unit_rows(n, dim, seed):
@@ -112,7 +112,7 @@ def test_saved_quantiser_is_the_same_and_a_mixed_up_directory_is_refused(tmp_pat
     vectors = unit_rows(60, 6, 8)
     quantiser = ResidualKMeans.fit(vectors, 3, 8, seed=0)
     quantiser.save(tmp_path / "a")
-    loaded = ResidualKMeans.load(tmp_path / "a")
+    loaded = load_quantiser(tmp_path / "a")
     assert (loaded.version, loaded.used) == (quantiser.version, quantiser.used)
     assert (loaded.levels, loaded.codebook_size, loaded.dim) == (3, 8, 6)
     np.testing.assert_array_equal(loaded.encode(vectors), quantiser.encode(vectors))
@@ -120,7 +120,7 @@ def test_saved_quantiser_is_the_same_and_a_mixed_up_directory_is_refused(tmp_pat
     ResidualKMeans.fit(vectors, 3, 8, seed=1).save(tmp_path / "b")
     (tmp_path / "b" / "quantiser.safetensors").replace(tmp_path / "a" / "quantiser.safetensors")
     with pytest.raises(ValueError, match=f"version {quantiser.version}"):
-        ResidualKMeans.load(tmp_path / "a")
+        load_quantiser(tmp_path / "a")
 
 
 @pytest.mark.parametrize(
@@ -159,3 +159,97 @@ def test_suggested_size_is_a_power_of_two_near_the_square_root(n):
 def test_suggested_size_for_nothing_is_an_error():
     with pytest.raises(ValueError, match="n_items: 0"):
         suggest_codebook_size(0)
+
+
+@given(st.integers(1, 10**6), st.integers(2, 1024))
+def test_suggested_levels_have_room_for_every_item_and_one_to_spare(n, size):
+    levels = suggest_levels(n, size)
+    assert size ** (levels - 1) >= n
+    assert levels == 2 or size ** (levels - 2) < n
+
+
+# --- rq-vae
+
+QUICK = VAEConfig(hidden=(32,), latent=8, steps=300, batch_size=64)
+
+
+@pytest.fixture(scope="module")
+def vae() -> ResidualVAE:
+    return ResidualVAE.fit(clustered(12, 25, 16, seed=0), levels=3, codebook_size=8, seed=0, config=QUICK)
+
+
+def test_vae_learns_to_reconstruct_and_keeps_its_codes_in_use(vae):
+    vectors = clustered(12, 25, 16, seed=0)
+    report = vae.report(vectors)
+    assert report["relative_error"] < 0.3
+    assert min(report["perplexity"]) > 3
+    assert report["used_codes"] == list(vae.used)
+    groups = vae.encode(vectors)[:, 0].reshape(12, 25)
+    assert (groups == groups[:, :1]).mean() > 0.95, "what lies together begins alike"
+
+
+def test_vae_codes_new_items_by_its_own_formula(vae):
+    new = clustered(12, 2, 16, seed=3)
+    latent = new.astype(np.float64)
+    for at, (weight, bias) in enumerate(vae.encoder):
+        latent = (latent / (1 + np.exp(-latent)) if at else latent) @ weight.T + bias
+    codes = vae.encode(new)
+    for row, sid in zip(latent, codes, strict=True):
+        for level, code in enumerate(sid):
+            distances = np.linalg.norm(vae.codebooks[level, : vae.used[level]] - row, axis=1)
+            assert distances[code] <= distances.min() + 1e-5
+            row = row - vae.codebooks[level, code]
+    for at in range(len(new)):
+        np.testing.assert_array_equal(vae.encode(new[at : at + 1])[0], codes[at])
+    assert vae.decode(codes).shape == new.shape
+
+
+def test_vae_is_deterministic_by_seed():
+    vectors = unit_rows(80, 12, 5)
+    quick = VAEConfig(hidden=(16,), latent=4, steps=40, batch_size=32)
+    first, second, third = (ResidualVAE.fit(vectors, 2, 8, seed, quick) for seed in (1, 1, 2))
+    assert first.version == second.version != third.version
+
+
+@pytest.mark.parametrize(("distinct", "copies", "size"), [(1, 1, 1), (1, 5, 8), (3, 4, 2), (6, 1, 9)])
+def test_vae_takes_few_or_repeated_vectors(distinct, copies, size):
+    vectors = np.tile(unit_rows(distinct, 5, 0), (copies, 1))
+    made = ResidualVAE.fit(vectors, 3, size, 0, VAEConfig(hidden=(8,), latent=4, steps=30))
+    codes = made.encode(vectors)
+    np.testing.assert_array_equal(codes, np.tile(codes[:distinct], (copies, 1)))
+    assert np.isfinite(made.codebooks).all()
+    assert (codes < np.asarray(made.used)).all()
+    assert made.codebook_size == size
+
+
+def test_saved_vae_is_the_same_and_damage_is_refused(vae, tmp_path):
+    vectors = clustered(12, 25, 16, seed=0)
+    vae.save(tmp_path)
+    loaded = load_quantiser(tmp_path)
+    assert (loaded.kind, loaded.version, loaded.used) == ("rq-vae", vae.version, vae.used)
+    assert (loaded.levels, loaded.codebook_size, loaded.dim) == (3, 8, 16)
+    np.testing.assert_array_equal(loaded.encode(vectors), vae.encode(vectors))
+    weights = tmp_path / "quantiser.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    with pytest.raises(ValueError, match=f"version {vae.version}"):
+        load_quantiser(tmp_path)
+    weights.write_bytes(bytes(data[:100]))
+    with pytest.raises(ValueError, match="does not fit"):
+        load_quantiser(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"kind": "lsh"}'])
+def test_an_unknown_quantiser_is_refused(tmp_path, text):
+    (tmp_path / "quantiser.json").write_text(text)
+    with pytest.raises(ValueError, match=r"quantiser\.json"):
+        load_quantiser(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"), [({"latent": 0}, "latent"), ({"decay": 1.0}, "decay"), ({"hidden": (0,)}, "hidden")]
+)
+def test_vae_config_names_what_it_refuses(changes, named):
+    with pytest.raises(ValueError, match=named):
+        VAEConfig(**changes)

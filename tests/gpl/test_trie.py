@@ -87,3 +87,49 @@ def test_moved_trie_gives_the_same():
 def test_names_what_it_refuses(codes, message):
     with pytest.raises(ValueError, match=message):
         SidTrie(codes, SIZE)
+
+
+@given(sid_lists, st.lists(st.integers(0, 24), max_size=25))
+def test_what_is_closed_is_what_only_leads_to_the_sids_left_out(case, picks):
+    levels, sids = case
+    trie = trie_of(levels, sids)
+    out = {sids[pick] for pick in picks if pick < len(sids)}
+    closed = trie.closed_by(np.array(sorted(out), np.int32).reshape(len(out), levels))
+    assert closed.shape == (trie.nodes,)
+    # Walking what stays open lists exactly the other SIDs, and never runs into a dead end.
+    nodes, prefixes = torch.tensor([SidTrie.root]), [()]
+    for _ in range(levels):
+        children = trie.step(nodes)
+        children = children.masked_fill(closed[children.clamp_min(0)], -1)
+        if prefixes != [()]:
+            assert (children >= 0).any(dim=1).all()
+        at, code = (children >= 0).nonzero(as_tuple=True)
+        prefixes = [(*prefixes[i], c) for i, c in zip(at.tolist(), code.tolist(), strict=True)]
+        nodes = children[at, code]
+    assert prefixes == sorted(set(sids) - out)
+    assert bool(closed[SidTrie.root]) == (bool(sids) and set(sids) == out)
+
+
+@given(sid_lists)
+def test_leaves_are_found_and_placed_at_the_mean_of_their_items(case):
+    levels, sids = case
+    codes = np.array(sids, np.int32).reshape(len(sids), levels)
+    vectors = np.random.default_rng(0).normal(size=(len(sids), 3)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    trie = SidTrie(codes, SIZE, vectors)
+    every, places = trie.places()
+    assert list(map(tuple, every.tolist())) == sorted(set(sids))
+    assert (trie.leaves(every) >= 0).all()
+    for sid, place in zip(every.tolist(), places, strict=True):
+        mean = vectors[[other == tuple(sid) for other in sids]].sum(axis=0)
+        np.testing.assert_allclose(place, mean / np.linalg.norm(mean), atol=1e-4)
+    strange = np.full((2, levels), SIZE + 3)
+    strange[1] = -1
+    assert trie.leaves(strange).tolist() == [-1, -1]
+
+
+def test_a_trie_without_vectors_cannot_place():
+    with pytest.raises(ValueError, match="vectors"):
+        trie_of(2, [(0, 1)]).places()
+    with pytest.raises(ValueError, match=r"vectors: shape \(2, 3\), expected \(1, dim\)"):
+        SidTrie(np.array([[0, 1]]), SIZE, np.zeros((2, 3), np.float32))
