@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from streams.faust_app import Original
+from streams.dead_letters import Halted, Original
 from streams.role import PartitionState, Role
 
 
@@ -25,6 +25,7 @@ class BatchRole(Role[PartitionState]):
 
     size = 64
     wait = 0.05
+    judges_on_arrival = False
 
     def new_partition(self, now: float) -> PartitionState:
         return PartitionState(self._sources.values(), now)
@@ -35,8 +36,12 @@ class BatchRole(Role[PartitionState]):
         self.spawn(self._work_forever())
 
     async def work(self, batch: list[Entry]) -> None:
-        """Do what the records ask for, in order, and see that each is ``done`` or a dead letter."""
+        """Do what the records ask for, in order, and see that each is ``done`` or ``given_up``."""
         raise NotImplementedError
+
+    def give_up(self, entry: Entry, error: Exception) -> None:
+        """The record cannot be used. Its dead letter is written when the batch is over, in the order of the log."""
+        self._given_up[entry.original.partition, entry.original.offset] = error
 
     async def take(self, number: int, partition: PartitionState, source: str, message: Any) -> None:
         acks, offset = partition.acks[source], message.offset
@@ -53,8 +58,22 @@ class BatchRole(Role[PartitionState]):
                 await asyncio.sleep(0.05)
             # What belongs to a partition that has gone meanwhile is left to its next owner.
             mine = [entry for partition, entry in batch if self.partitions.get(entry.number) is partition]
-            if mine and not self._stopped:
-                await self.work(mine)
+            if mine and not self._stopped and not self.halted:
+                try:
+                    await self._work_and_judge(mine)
+                except Halted as why:
+                    self.halt(why)
+
+    async def _work_and_judge(self, batch: list[Entry]) -> None:
+        self._given_up: dict[tuple[int, int], Exception] = {}
+        await self.work(batch)
+        for entry in batch:
+            original = entry.original
+            error = self._given_up.get((original.partition, original.offset))
+            if error is None:
+                self.guard.accepted(original.topic, original.partition)
+            else:
+                await self.refuse(original, error, entry.done)
 
     async def _collect(self) -> list[tuple[PartitionState, Entry]]:
         try:

@@ -20,6 +20,7 @@ from streams import contracts
 from streams.broker.command import app as broker_app
 from streams.data_command import validate
 from streams.demo.command import demo
+from streams.dlq.command import app as dlq_app
 from streams.fit_command import fit
 from streams.log_view import TopicMissingError
 from streams.settings import Settings, load
@@ -35,6 +36,7 @@ config_app = typer.Typer(help="The configuration in force.", no_args_is_help=Tru
 app.add_typer(broker_app, name="broker")
 app.add_typer(topics_app, name="topics")
 app.add_typer(config_app, name="config")
+app.add_typer(dlq_app, name="dlq")
 app.command()(demo)
 app.command()(validate)
 app.command()(fit)

@@ -12,7 +12,6 @@ import asyncio
 import tempfile
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import msgspec
 import structlog
 
 from streams import dead_letters, metrics
-from streams.kafka import BATCH_OVERHEAD_BYTES, RecordTooLargeError, check_size
+from streams.kafka import BATCH_OVERHEAD_BYTES, MAX_REQUEST_BYTES, RecordTooLargeError, check_size
 from streams.settings import KafkaSettings
 from streams.topics import full_name
 
@@ -56,7 +55,7 @@ def make_app(kafka: KafkaSettings, role: str) -> Any:
         broker_commit_livelock_soft_timeout=7 * 86400.0,
         consumer_auto_offset_reset="earliest",
         consumer_max_fetch_size=max(2**20, kafka.max_record_bytes + BATCH_OVERHEAD_BYTES),
-        producer_max_request_size=kafka.max_record_bytes + BATCH_OVERHEAD_BYTES,
+        producer_max_request_size=MAX_REQUEST_BYTES,
         producer_compression_type=None if kafka.compression == "none" else kafka.compression,
         producer_acks=-1,
         producer_linger=0.005,
@@ -96,21 +95,6 @@ def raw_topic(app: Any, kafka: KafkaSettings, *names: str) -> Any:
         key_serializer="raw",
         value_serializer="raw",
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Original:
-    """The parts of a message that its dead letter needs."""
-
-    topic: str
-    partition: int
-    offset: int
-    key: bytes | None
-    value: bytes | None
-
-    @classmethod
-    def of(cls, message: Any) -> Original:
-        return cls(message.topic, message.partition, message.offset, message.key, message.value)
 
 
 class OrderedAcks:
@@ -163,7 +147,7 @@ class Publisher:
         topic: str,
         key: bytes | None,
         value: bytes | None,
-        headers: list[tuple[str, bytes]] | None = None,
+        headers: dead_letters.Headers = (),
         then: Callable[[], None] | None = None,
         partition: int | None = None,
     ) -> None:
@@ -171,12 +155,22 @@ class Publisher:
 
         ``partition``: records of a user stay in the partition their input came from, whatever hashed it there.
         """
-        name = full_name(self._kafka, topic)
-        check_size(self._kafka, name, key, value)
+        check_size(self._kafka, full_name(self._kafka, topic), key, value)
+        await self._send(topic, key, value, headers, then, partition)
+
+    async def _send(
+        self,
+        topic: str,
+        key: bytes | None,
+        value: bytes | None,
+        headers: dead_letters.Headers,
+        then: Callable[[], None] | None,
+        partition: int | None,
+    ) -> None:
         channel = self._topics.get(topic)
         if channel is None:
             channel = self._topics[topic] = raw_topic(self._app, self._kafka, topic)
-        future = await channel.send(key=key, value=value, headers=headers or [], partition=partition)
+        future = await channel.send(key=key, value=value, headers=list(headers), partition=partition)
         self._pending.add(future)
 
         def acknowledged(result: asyncio.Future[Any]) -> None:
@@ -197,19 +191,19 @@ class Publisher:
         await self.send(topic, key, value, then=done.set, partition=partition)
         await done.wait()
 
-    async def dead_letter(self, message: Any, error: Exception, then: Callable[[], None]) -> None:
-        """Write the message's original bytes to the dead letters, then acknowledge it through ``then``."""
-        reason = dead_letters.reason_of(error)
-        metrics.DEAD_LETTERS.labels(message.topic, reason).inc()
+    async def dead_letter(self, original: dead_letters.Original, error: Exception, then: Callable[[], None]) -> None:
+        """Write the record's original bytes and headers to the dead letters, then acknowledge it through ``then``."""
+        metrics.DEAD_LETTERS.labels(original.topic, dead_letters.reason_of(error)).inc()
         log.warning(
             "dead letter",
-            topic=message.topic,
-            partition=message.partition,
-            offset=message.offset,
+            topic=original.topic,
+            partition=original.partition,
+            offset=original.offset,
             error=str(error),
         )
-        headers = dead_letters.headers(message.topic, message.partition, message.offset, error)
-        await self.send(dead_letters.TOPIC, message.key, message.value, headers, then)
+        headers = dead_letters.headers(original, error)
+        # Whatever its size: a record over the cap that somebody else's producer brought must have a way out.
+        await self._send(dead_letters.TOPIC, original.key, original.value, headers, then, None)
 
 
 REFUSALS = (msgspec.DecodeError, dead_letters.Refused, RecordTooLargeError, UnicodeDecodeError)

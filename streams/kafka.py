@@ -12,6 +12,11 @@ BATCH_OVERHEAD_BYTES = 65_536
 """What a batch may add to its one record: headers (a dead letter's error message among them) and framing."""
 
 
+MAX_REQUEST_BYTES = 2**30
+"""What a client may hand over before compression. The cap on records is ``check_size``, which all sends but those of
+dead letters pass: somebody else's producer may bring a record that is over the cap until it is compressed."""
+
+
 class RecordTooLargeError(ValueError):
     """A record over ``kafka.max_record_bytes``: refused here, never truncated."""
 
@@ -49,7 +54,7 @@ def producer(kafka: KafkaSettings, **overrides: Any) -> KafkaProducer:
         "enable_idempotence": True,
         "linger_ms": 5,
         "compression_type": None if kafka.compression == "none" else kafka.compression,
-        "max_request_size": kafka.max_record_bytes + BATCH_OVERHEAD_BYTES,
+        "max_request_size": MAX_REQUEST_BYTES,
     }
     return KafkaProducer(**{**options, **overrides})
 

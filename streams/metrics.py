@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from socketserver import ThreadingMixIn
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import Counter, Gauge, Histogram, make_wsgi_app
@@ -24,6 +24,7 @@ _DELAYS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 # Every consumer.
 EVENTS = Counter("gpl_events_total", "Records read and processed", ["topic"])
 DEAD_LETTERS = Counter("gpl_dead_letters_total", "Records written to the dead letters", ["topic", "reason"])
+HALTED = Gauge("gpl_halted", "1: the consumer has halted because too many records were refused", ["loop"])
 STATE_RECORDS_SKIPPED = Counter(
     "gpl_state_records_skipped_total", "Records of state topics that could not be used", ["topic"]
 )
@@ -79,6 +80,7 @@ class Health:
         self._clock = clock
         self._beats: dict[str, float] = {}
         self._waiting: set[str] = set()
+        self._halted: dict[str, str] = {}
         self._lock = threading.Lock()
 
     def beat(self, loop: str) -> None:
@@ -96,6 +98,17 @@ class Health:
     def done(self, part: str) -> None:
         with self._lock:
             self._waiting.discard(part)
+
+    def halt(self, loop: str, reason: str) -> None:
+        """The named loop works no more, on purpose, until the process is started again."""
+        with self._lock:
+            self._halted[loop] = reason
+        HALTED.labels(loop).set(1)
+
+    def halted(self) -> dict[str, str]:
+        """Loops that have halted, and why."""
+        with self._lock:
+            return dict(self._halted)
 
     def stalled(self) -> list[str]:
         """Loops that have not beaten for ``stalled_after`` seconds."""
@@ -131,7 +144,7 @@ def serve(host: str, port: int, health: Health) -> tuple[int, Callable[[], None]
             result: Iterable[bytes] = metrics_app(environ, start_response)
             return result
         if path == "/health":
-            problem: dict[str, list[str]] = {"stalled": health.stalled()}
+            problem: dict[str, Any] = {"stalled": health.stalled(), "halted": health.halted()}
         elif path == "/ready":
             problem = {"waiting": health.waiting()}
         else:

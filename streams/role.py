@@ -11,13 +11,16 @@ import time
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Generic, TypeVar
 
+import structlog
 from faust.types import TP
 
 from streams import metrics
-from streams.dead_letters import Refused
+from streams.dead_letters import Guard, Halted, Original, Refused
 from streams.faust_app import REFUSALS, OrderedAcks, Publisher, make_app, raw_topic
 from streams.settings import Settings
 from streams.topics import full_name
+
+log = structlog.get_logger()
 
 STALLED = 60.0
 """Seconds without an arrival, while records wait, after which a role counts as stuck."""
@@ -50,6 +53,8 @@ class Role(Generic[P]):
 
     writes_dead_letters = True
     """Of the roles that read a topic, one writes its dead letters; the others pass a bad record over."""
+    judges_on_arrival = True
+    """``take`` knows whether a record can be used. A role that finds out later tells its guard itself."""
 
     def __init__(
         self,
@@ -66,6 +71,8 @@ class Role(Generic[P]):
         self.clock = clock
         self.app = make_app(settings.kafka, name)
         self.publisher = Publisher(self.app, settings.kafka, on_failure)
+        self.guard = Guard(settings.dead_letters)
+        self.halted = False
         self.partitions: dict[int, P] = {}
         self._on_failure = on_failure
         self._sources = {full_name(settings.kafka, source): source for source in sources}
@@ -103,6 +110,25 @@ class Role(Generic[P]):
             raise Refused(
                 "future", f"ts: {ts} is {ahead:.0f} s ahead of its Kafka timestamp, {allowed:.0f} s are allowed"
             )
+
+    async def refuse(self, original: Original, error: Exception, done: Callable[[], None]) -> None:
+        """Give a record up to the dead letters; ``done`` acknowledges it. Raises Halted: it was one too many.
+
+        A role that does not write the dead letters of its topic counts them all the same: it must not run past what
+        the role that does has halted at.
+        """
+        self.guard.refused(original.topic, original.partition, original.offset, error)
+        if self.writes_dead_letters:
+            await self.publisher.dead_letter(original, error, done)
+        else:
+            done()
+
+    def halt(self, why: Halted) -> None:
+        """Work no more and say so. What is unacknowledged is read again after a restart, so nothing is lost."""
+        if not self.halted:
+            self.halted = True
+            self.health.halt(self.name, str(why))
+            log.error("halted", role=self.name, why=str(why))
 
     # --- life ---------------------------------------------------------------------------------------------------
 
@@ -143,6 +169,7 @@ class Role(Generic[P]):
         self._revoked()
         now = self.clock()
         numbers = sorted({tp.partition for tp in assigned if tp.topic in self._sources})
+        self.guard = Guard(self.settings.dead_letters)  # what was not acknowledged is counted anew
         self.partitions = {number: self.new_partition(now) for number in numbers}
         self.assigned(numbers)
 
@@ -150,9 +177,13 @@ class Role(Generic[P]):
         async for event in stream.noack().events():
             try:
                 await self._on_event(event)
+            except Halted as why:
+                self.halt(why)
             except Exception as error:
                 self._on_failure(error)
                 raise
+            if self.halted:
+                await asyncio.Event().wait()  # until the app stops: what is not taken stays in the log
 
     async def _on_event(self, event: Any) -> None:
         message = event.message
@@ -167,17 +198,20 @@ class Role(Generic[P]):
             metrics.EVENTS.labels(source).inc()
         except REFUSALS as error:
             acks, offset = partition.acks[source], message.offset
-            if self.writes_dead_letters:
-                await self.publisher.dead_letter(message, error, lambda: acks.done(offset))
-            else:
-                acks.done(offset)
+            await self.refuse(Original.of(message), error, lambda: acks.done(offset))
+        else:
+            if self.judges_on_arrival:
+                self.guard.accepted(message.topic, message.partition)
         # Events wait for their window unacknowledged; their bytes need not.
         message.value = event.value = None
 
     async def _tick_forever(self) -> None:
         while not self._stopped:
             await asyncio.sleep(TICK)
-            await self._tick()
+            try:
+                await self._tick()
+            except Halted as why:
+                self.halt(why)
 
     async def _tick(self) -> None:
         if self.ready():
@@ -194,7 +228,8 @@ class Role(Generic[P]):
                 stuck = stuck or (behind > 0 and now - partition.last_arrival[source] > STALLED)
                 if behind == 0:
                     idle.add(source)
-            await self.advance(number, partition, now, idle)
+            if not self.halted:
+                await self.advance(number, partition, now, idle)
         if not stuck:
             self.health.beat(self.name)
 

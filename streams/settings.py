@@ -117,6 +117,16 @@ class LabelSettings(Section):
     )
 
 
+class DeadLetterSettings(Section):
+    max_consecutive: int = Field(
+        100, ge=1, description="refused records in a row, in one partition, after which the consumer halts"
+    )
+    max_ratio: float = Field(
+        0.2, ge=0, le=1, description="share of refused records in the window above which it halts; 1: never"
+    )
+    window_records: int = Field(1000, ge=10, description="newest records of a topic that the ratio is over")
+
+
 class TrainerSettings(Section):
     checkpoints: Path = Path("runs/checkpoints")
     models: Path = Path("runs/models")
@@ -172,6 +182,7 @@ class Settings(BaseSettings):
     profiles: ProfileSettings = ProfileSettings()
     anchors: AnchorSettings = AnchorSettings()
     labels: LabelSettings = LabelSettings()
+    dead_letters: DeadLetterSettings = DeadLetterSettings()
     trainer: TrainerSettings = TrainerSettings()
     serve: ServeSettings = ServeSettings()
     metrics: MetricsSettings = MetricsSettings()

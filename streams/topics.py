@@ -55,7 +55,8 @@ TOPICS: tuple[TopicSpec, ...] = (
     TopicSpec("calibrations", by_user=False, config=_COMPACTED, single=True),
     TopicSpec("labels", by_user=True),
     TopicSpec("model-updates", by_user=False, config={"cleanup.policy": "compact"}, single=True),
-    TopicSpec("dead-letters", by_user=False, single=True),
+    # A month to look at them.
+    TopicSpec("dead-letters", by_user=False, single=True, config={"retention.ms": str(30 * 24 * 3600 * 1000)}),
 )
 
 _AT_LEAST = {"max.message.bytes", "min.compaction.lag.ms"}  # more of these does no harm

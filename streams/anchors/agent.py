@@ -56,7 +56,7 @@ class AnchorsRole(BatchRole):
             try:
                 requests.append((entry, decode(AnchorRequest, entry.original.value or b"")))
             except REFUSALS as error:
-                await self.publisher.dead_letter(entry.original, error, entry.done)
+                self.give_up(entry, error)
         # The catalogue belongs to the event loop's thread: all that is read of it is copied here.
         known = [self._catalogue.lookup(request.positives) for _, request in requests]
         histories = [History(self._catalogue.sids[self._catalogue.rows(ids)], vectors) for ids, vectors in known]

@@ -189,7 +189,7 @@ class Recorder:
         if topic == "recalls" and (request_id := _request_id(record.value)) is not None:
             self.outcome.dead_requests.add(request_id)
         document = {
-            "headers": {name: value.decode(errors="replace") for name, value in record.headers or ()},
+            "headers": {name: (value or b"").decode(errors="replace") for name, value in record.headers or ()},
             "key": None if record.key is None else record.key.decode(errors="replace"),
             "value_base64": base64.b64encode(record.value or b"").decode(),
         }

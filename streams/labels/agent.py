@@ -12,7 +12,7 @@ from typing import Any
 
 from streams import metrics
 from streams.contracts import Cause, Feedback, Recall, UserAnchors, decode, encode
-from streams.faust_app import Original
+from streams.dead_letters import Original
 from streams.kafka import RecordTooLargeError
 from streams.labels import published
 from streams.labels.joiner import Joined, Joiner, Source
@@ -277,8 +277,8 @@ class LabelsRole(Role[Partition]):
             await self.publisher.send("labels", key, encode(label), headers, durable, partition=number)
         except RecordTooLargeError as error:
             topic = full_name(self.settings.kafka, "recalls")
-            rebuilt = Original(topic, number, joined.recall_offset, key, encode(recall))
-            await self.publisher.dead_letter(partition.large.get(recall.request_id, rebuilt), error, confirmed)
+            rebuilt = Original(topic, number, joined.recall_offset, joined.newest_kafka_ms, key, encode(recall))
+            await self.refuse(partition.large.get(recall.request_id, rebuilt), error, confirmed)
             return
         if before is None:
             metrics.REQUESTS_CLOSED.labels(label.outcome).inc()

@@ -86,7 +86,7 @@ class CatalogueRole(BatchRole):
                     self._sent[item.item_id] = content
                     items.append((entry, item))
             except REFUSALS as error:
-                await self.publisher.dead_letter(entry.original, error, entry.done)
+                self.give_up(entry, error)
         await self._encode_and_publish(items)
 
     async def _remove(self, entry: Entry, key: bytes | None) -> None:
@@ -107,7 +107,7 @@ class CatalogueRole(BatchRole):
                 entry, item = items[0]
                 # The item stays as it was before; the same content again is refused again.
                 self._sent.pop(item.item_id, None)
-                await self.publisher.dead_letter(entry.original, Refused("item", str(error)), entry.done)
+                self.give_up(entry, Refused("item", str(error)))
                 return
             # One bad item must not take the batch with it.
             for pair in items:

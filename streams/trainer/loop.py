@@ -63,9 +63,16 @@ def run(
     health.wait_for("trainer")
     with Loop(settings, frame or Frame.load(settings.artefacts), journal) as loop:
         health.done("trainer")
-        while not stop.is_set():
-            loop.round()
-            health.beat("trainer")
+        try:
+            while not stop.is_set():
+                loop.round()
+                health.beat("trainer")
+        except dead_letters.Halted as why:
+            # No checkpoint: a restarted trainer reads the batch with the refused record again.
+            health.halt("trainer", str(why))
+            log.error("halted", why=str(why))
+            stop.wait()
+            return
         loop.finish()
 
 
@@ -80,6 +87,7 @@ class Loop:
         checkpoint = self._store.load_newest()
         self._journal_length = 0 if checkpoint is None else self._trainer.restore(checkpoint)
         self._dead: list[Any] = []
+        self._guard = dead_letters.Guard(settings.dead_letters)
         vectors = CatalogueView(catalogue, frame.dim, frame.encoder, frame.quantiser)
         with ExitStack() as opened:
             self._journal = None
@@ -137,6 +145,7 @@ class Loop:
             except (msgspec.DecodeError, ValueError) as error:
                 self._dead_letter(record, error)
                 continue
+            self._guard.accepted(record.topic, record.partition)
             arrived = intake.newest_at(record.headers)
             if arrived is not None:
                 newest_at = max(arrived, newest_at or 0)
@@ -146,14 +155,15 @@ class Loop:
             self._journal.append(lines)
 
     def _dead_letter(self, record: Any, error: Exception) -> None:
-        reason = dead_letters.reason_of(error)
-        metrics.DEAD_LETTERS.labels("labels", reason).inc()
+        original = dead_letters.Original.of(record)
+        self._guard.refused(original.topic, original.partition, original.offset, error)
+        metrics.DEAD_LETTERS.labels(original.topic, dead_letters.reason_of(error)).inc()
         log.warning("dead_letter", topic=record.topic, partition=record.partition, offset=record.offset, why=str(error))
         sent = self._producer.send(
             full_name(self._settings.kafka, dead_letters.TOPIC),
             key=record.key,
             value=record.value,
-            headers=dead_letters.headers(record.topic, record.partition, record.offset, error),
+            headers=dead_letters.headers(original, error),
         )
         self._dead.append(sent)
 

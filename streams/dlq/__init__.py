@@ -1,0 +1,1 @@
+"""Looking at the dead letters and sending them back: ``gpl dlq``."""

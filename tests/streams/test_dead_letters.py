@@ -1,0 +1,134 @@
+"""The format of dead letters, the caps after which a consumer halts, and what a redrive would send."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streams import dead_letters
+from streams.dead_letters import Guard, Halted, Original, Refused
+from streams.dlq.letters import Filter, letter_of
+from streams.dlq.redrive import headers_of, plan
+from streams.settings import DeadLetterSettings
+
+maybe_bytes = st.none() | st.binary(max_size=20)
+header_lists = st.lists(st.tuples(st.text(max_size=10) | st.just("gpl-topic"), maybe_bytes), max_size=5)
+
+
+def record(original: Original, error: Exception, offset: int = 7) -> SimpleNamespace:
+    """The dead letter of ``original`` as a consumer would get it."""
+    headers = dead_letters.headers(original, error)
+    return SimpleNamespace(
+        partition=0, offset=offset, timestamp=99, key=original.key, value=original.value, headers=headers
+    )
+
+
+@given(maybe_bytes, maybe_bytes, header_lists, st.integers(0, 2**62))
+def test_the_original_comes_out_as_it_went_in(key, value, headers, offset):
+    original = Original("gpl.recalls", 3, offset, 1234, key, value, tuple(headers))
+    letter = letter_of(record(original, Refused("future", "ts: 9 is ahead \udcff")))
+    assert letter.original == original
+    assert (letter.reason, letter.error) == ("future", "Refused")
+    assert letter.size == (None if value is None else len(value))
+
+
+@given(header_lists, st.integers(0, 5))
+def test_a_redriven_record_carries_its_headers_and_the_count(headers, rounds):
+    mine = [(name, value) for name, value in headers if name not in (dead_letters.REDRIVES, "gpl-redriven-from")]
+    now = tuple(mine)
+    for n in range(rounds):
+        letter = letter_of(record(Original("t", 0, n, 0, b"k", b"v", now), ValueError("x"), offset=n))
+        assert letter.redrives == n
+        now = tuple(headers_of(letter))
+        assert list(now[: len(mine)]) == [(name, value or b"") for name, value in mine]
+        assert dict(now)["gpl-redriven-from"] == str(n).encode()
+        assert len(now) == len(mine) + 2
+
+
+def test_what_was_sent_back_or_loops_is_left_out():
+    def letter(redrives: int, **changes):
+        headers = ((dead_letters.REDRIVES, str(redrives).encode()),) if redrives else ()
+        found = letter_of(record(Original("t", 0, 1, 0, None, b"", headers), ValueError("x")))
+        return replace(found, **changes)
+
+    fresh, back, looping, empty = letter(2), letter(0, redriven=True), letter(3), letter(1, size=None)
+    planned = plan([fresh, back, looping, empty], max_redrives=3)
+    assert (planned.send, planned.already, planned.looping) == ([fresh], [back], [looping])
+    assert planned.empty == [empty]
+
+
+def test_filters_meet_every_condition():
+    letter = letter_of(record(Original("gpl.items", 0, 1, 0, None, b"{"), Refused("item", "no vector")))
+    assert Filter().takes(letter)
+    assert Filter(topic="gpl.items", reason="item", since_ms=99, until_ms=100, ids=frozenset({"7"})).takes(letter)
+    for other in (
+        Filter(topic="gpl.recalls"),
+        Filter(reason="key"),
+        Filter(since_ms=100),
+        Filter(until_ms=99),
+        Filter(ids=frozenset({"8"})),
+    ):
+        assert not other.takes(letter)
+
+
+def test_a_record_of_somebody_else_is_no_letter():
+    assert letter_of(SimpleNamespace(partition=0, offset=1, timestamp=0, key=None, value=b"", headers=[])) is None
+
+
+def test_a_faust_message_and_a_kafka_record_give_the_same_original():
+    shared = {"topic": "t", "partition": 1, "offset": 2, "key": b"k", "value": b"v"}
+    faust = SimpleNamespace(**shared, timestamp=1.5, headers={"a": b"1"})
+    plain = SimpleNamespace(**shared, timestamp=1500, headers=[("a", b"1")])
+    assert Original.of(faust) == Original.of(plain) == Original("t", 1, 2, 1500, b"k", b"v", (("a", b"1"),))
+
+
+# --- caps -----------------------------------------------------------------------------------------------------------
+
+
+def judge(guard: Guard, verdicts: list[tuple[int, bool]]) -> int | None:
+    """Feed (partition, good) in order; the index of the record that halts, None when none does."""
+    for n, (partition, good) in enumerate(verdicts):
+        try:
+            if good:
+                guard.accepted("t", partition)
+            else:
+                guard.refused("t", partition, n, ValueError("bad"))
+        except Halted:
+            return n
+    return None
+
+
+def expected(verdicts: list[tuple[int, bool]], settings: DeadLetterSettings) -> int | None:
+    """The same from the definition: every prefix looked at anew."""
+    for n, (partition, good) in enumerate(verdicts):
+        if good:
+            continue
+        own = [ok for p, ok in verdicts[: n + 1] if p == partition]
+        run = next((k for k, ok in enumerate(reversed(own)) if ok), len(own))
+        if run > settings.max_consecutive:
+            return n
+        window = [ok for _, ok in verdicts[: n + 1]][-settings.window_records :]
+        if len(window) == settings.window_records and window.count(False) > settings.max_ratio * len(window):
+            return n
+    return None
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 1), st.booleans()), max_size=60),
+    st.integers(1, 8),
+    st.sampled_from([0.0, 0.3, 0.5, 1.0]),
+)
+def test_caps_hold_as_defined(verdicts, consecutive, ratio):
+    settings = DeadLetterSettings(max_consecutive=consecutive, max_ratio=ratio, window_records=10)
+    assert judge(Guard(settings), verdicts) == expected(verdicts, settings)
+
+
+def test_halting_says_which_cap_and_which_record():
+    guard = Guard(DeadLetterSettings(max_consecutive=1))
+    guard.refused("gpl.recalls", 4, 10, ValueError("x"))
+    with pytest.raises(Halted, match=r"max_consecutive.*gpl\.recalls, partition 4, offset 11: ts: soon"):
+        guard.refused("gpl.recalls", 4, 11, ValueError("ts: soon"))
