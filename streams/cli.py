@@ -60,18 +60,35 @@ def worker(
 
 
 @app.command()
-def train(config: ConfigOption = None) -> None:
+def train(
+    start_from: Annotated[
+        str,
+        typer.Option(
+            help="latest, earliest, step-N, before=TIME (a checkpoint written by then), or TIME (new weights from "
+            "there on); TIME as 2026-01-31T12:00 or ts=MILLISECONDS. All but latest discard newer checkpoints."
+        ),
+    ] = "latest",
+    config: ConfigOption = None,
+) -> None:
     """Run the incremental trainer until SIGTERM."""
     from streams import metrics
-    from streams.trainer import loop
+    from streams.trainer import loop, start
+    from streams.trainer.checkpoint import CheckpointError
 
+    try:
+        start.StartFrom.parse(start_from)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--start-from") from error
     settings, stop, health = load(config), threading.Event(), metrics.Health()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     with _clear_errors():
         _, close = metrics.serve(settings.metrics.host, settings.metrics.port, health)
         try:
-            loop.run(settings, stop, health, settings.trainer.journal)
+            loop.run(settings, stop, health, settings.trainer.journal, start_from=start_from)
+        except (CheckpointError, loop.TrainingDivergedError) as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from error
         finally:
             close()
 

@@ -91,6 +91,10 @@ class LogView:
         # A compacted or aborted tail has no record at goal - 1; the consumer's position tells that it was passed.
         return all(self._consumer.position(tp) >= self._goal[tp] for tp in behind)
 
+    def positions(self, name: str) -> dict[int, int]:
+        """Next offset to apply, per partition of a topic."""
+        return {tp.partition: at for tp, at in sorted(self._applied.items()) if tp.topic == self._prefix + name}
+
     def refresh_goal(self) -> None:
         """Set the goal of ``caught_up`` to the present end of the topics."""
         if self._assignment:

@@ -57,10 +57,24 @@ UNKNOWN_CANDIDATES = Counter("gpl_unknown_candidates_total", "Candidates without
 TRAINER_STEPS = Counter("gpl_trainer_steps_total", "Optimizer steps")
 TRAINER_RECORDS = Counter("gpl_trainer_records_total", "Label records trained on")
 TRAINER_SKIPPED = Counter("gpl_trainer_skipped_total", "Labels not trained on: items without a vector", ["reason"])
+TRAINER_LAG_SECONDS = Gauge("gpl_trainer_lag_seconds", "Age, when it was trained on, of the newest label record")
+IDS = Gauge("gpl_ids", "Ids in the pre-ranker's tables", ["table"])
+IDS_FORGOTTEN = Counter("gpl_ids_forgotten_total", "Ids let go of: not seen for long, or over the cap", ["table"])
+PSEUDO_LABEL_GAIN = Gauge(
+    "gpl_pseudo_label_gain",
+    "Progressive figures of the model less those of its twin on exposed labels only",
+    ["metric"],
+)
+PROGRESSIVE_SLICE = Gauge(
+    "gpl_progressive_slice",
+    "Progressive validation by slice: all, head, tail, new, known; pseudo: against the pseudo-labels",
+    ["metric", "model", "slice", "window"],
+)
 PROGRESSIVE = Gauge("gpl_progressive", "Progressive validation over the sliding window", ["metric", "model"])
 CHECKPOINT_TIME = Gauge("gpl_checkpoint_timestamp_seconds", "When the last checkpoint was written")
 MODELS_PUBLISHED = Counter("gpl_models_published_total", "Models published")
 PUBLICATIONS_REFUSED = Counter("gpl_publications_refused_total", "Models that the gate refused", ["reason"])
+PUBLICATION_BLOCKED = Gauge("gpl_publication_blocked", "1 while the last attempt to publish was refused")
 MODEL_AGE = Gauge("gpl_model_age_seconds", "Age, at publication, of the newest event in the published model")
 
 # Scorer.

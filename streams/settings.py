@@ -21,6 +21,8 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from streams.storage import Location
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -128,8 +130,10 @@ class DeadLetterSettings(Section):
 
 
 class TrainerSettings(Section):
-    checkpoints: Path = Path("runs/checkpoints")
-    models: Path = Path("runs/models")
+    checkpoints: Location = Field(
+        Path("runs/checkpoints"), description="a directory, or a URL such as s3://bucket/path"
+    )
+    models: Location = Field(Path("runs/models"), description="the same; scorers must reach it too")
     model_name: str = "preranker"
     batch_records: int = Field(32, ge=1, description="label records a step")
     dim: int = Field(64, ge=1)
@@ -145,14 +149,34 @@ class TrainerSettings(Section):
     )
     checkpoint_every_wall_seconds: float = Field(30, gt=0)
     publish_every_wall_seconds: float = Field(30, gt=0)
-    keep_checkpoints: int = Field(3, ge=1)
-    window_records: int = Field(2000, ge=1, description="sliding window of the progressive metrics")
+    keep_checkpoints: int = Field(3, ge=1, description="newest ones that stay")
+    keep_hourly_checkpoints: int = Field(24, ge=0, description="beside them the first of each of so many hours")
+    journal_days: float = Field(30, gt=0, description="how long the batch journal is kept, for rebuilding models")
+    max_users: int = Field(1_000_000, ge=1, description="ids above which those seen longest ago are forgotten")
+    max_items: int = Field(1_000_000, ge=1)
+    id_ttl_seconds: float | None = Field(
+        90 * 86400, gt=0, description="event time after which an id that was not seen is forgotten; None: never"
+    )
+    window_records: int = Field(2000, ge=1, description="requests in the sliding window of the progressive metrics")
+    recent_records: int = Field(500, ge=1, description="requests in a second, shorter window")
     dedup_requests: int = Field(50_000, ge=1, description="requests remembered, so that no label is trained twice")
     publish_min_records: int = Field(100, ge=1, description="evaluated label records below which nothing is published")
     publish_max_regression: float = Field(
         0.1, ge=0, description="nats by which progressive log loss may be worse than the last published model's"
     )
-    keep_models: int = Field(20, ge=2, description="published versions left on disk")
+    publish_max_auc_drop: float = Field(0.1, ge=0, description="the same for progressive AUC")
+    publish_max_psi: float = Field(
+        1.0, ge=0, description="population stability index of scores on the last model's probe, above which it is drift"
+    )
+    publish_min_agreement: float = Field(
+        0.3, ge=-1, le=1, description="mean rank correlation within the last model's probe, below which it is drift"
+    )
+    publish_max_click_rate_shift: float = Field(
+        1.5, ge=0, description="log-odds by which the click rate of labels may differ from the last published model's"
+    )
+    publish_max_user_share: float = Field(0.5, gt=0, le=1, description="of requests that may be of one user")
+    keep_models: int = Field(20, ge=2, description="newest published versions that stay")
+    keep_hourly_models: int = Field(24, ge=0, description="beside them the first of each of so many hours")
     journal: Path | None = Field(None, description="file of JSON lines with each request's evaluation before training")
     seed: int = 0
 

@@ -35,15 +35,23 @@ def gauc(clicks: npt.ArrayLike, scores: npt.ArrayLike, users: npt.ArrayLike) -> 
     user = np.asarray(users)
     if user.shape != y.shape:
         raise ValueError(f"users: shape {user.shape}, expected {y.shape}, parallel to clicks")
-    order = np.argsort(user, kind="stable")
-    starts = np.flatnonzero(np.r_[True, user[order][1:] != user[order][:-1]]) if len(y) else np.array([], dtype=int)
-    total = weight = 0.0
-    for rows in np.split(order, starts[1:]):
-        value = auc(y[rows], s[rows])
-        if not np.isnan(value):
-            total += value * len(rows)
-            weight += len(rows)
-    return total / weight if weight else float("nan")
+    if len(y) == 0:
+        return float("nan")
+    _, group = np.unique(user, return_inverse=True)
+    order = np.lexsort((s, group))
+    g, x, click = group[order], s[order], y[order]
+    new_user = np.r_[True, g[1:] != g[:-1]]
+    tie = np.cumsum(new_user | np.r_[True, x[1:] != x[:-1]]) - 1
+    # Average rank of each tie among its user's scores, from where the user and the tie begin.
+    tie_start, tie_size = np.flatnonzero(np.r_[True, tie[1:] != tie[:-1]]), np.bincount(tie)
+    rank = tie_start[tie] - np.flatnonzero(new_user)[g] + (tie_size[tie] + 1) / 2
+    n, positives = np.bincount(g).astype(np.float64), np.bincount(g, click)
+    both = (positives > 0) & (positives < n)
+    if not both.any():
+        return float("nan")
+    n, positives, ranks = n[both], positives[both], np.bincount(g, rank * click)[both]
+    each = (ranks - positives * (positives + 1) / 2) / (positives * (n - positives))
+    return float((each * n).sum() / n.sum())
 
 
 def log_loss(clicks: npt.ArrayLike, probabilities: npt.ArrayLike) -> float:

@@ -1,25 +1,32 @@
-"""Ids to dense rows, growing as ids appear."""
+"""Ids to dense rows: a fixed table for serving, and one that grows and forgets for training.
+
+No hashing into buckets, so no collisions. Row 0 stands for every id that is not in the table.
+"""
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Sequence
+from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
 
+from gpl.labels.matching import Ints
+
+_ROOM = 20
+"""Over its capacity a table lets go of this fraction (one in ``_ROOM``) more, so that not every batch has to."""
+
 
 class IdTable:
-    """Maps ids to rows 1, 2, ... in order of first appearance. Row 0 stands for every id that is not in the table.
-
-    No hashing, so no collisions; the same ids in the same order give the same rows.
-    """
+    """Ids in rows 1, 2, ...: what a published model knows. It does not change."""
 
     def __init__(self) -> None:
         self._rows: dict[str, int] = {}
 
     @classmethod
     def from_list(cls, ids: Iterable[str]) -> IdTable:
-        """The table that ``to_list`` wrote. Raises ValueError for an id that comes twice."""
+        """The table of ids in row order; the first has row 1. Raises ValueError for an id that comes twice."""
         table = cls()
         for i in ids:
             if i in table._rows:
@@ -28,7 +35,7 @@ class IdTable:
         return table
 
     def to_list(self) -> list[str]:
-        """Ids in row order; the first has row 1."""
+        """Ids in row order."""
         return list(self._rows)
 
     def __len__(self) -> int:
@@ -42,12 +49,127 @@ class IdTable:
         """Row of an id, 0 when it is unknown."""
         return self._rows.get(id_, 0)
 
-    def rows(self, ids: Sequence[str]) -> npt.NDArray[np.int64]:
+    def rows(self, ids: Sequence[str]) -> Ints:
         """Rows (n,) of ids, 0 where unknown."""
-        get = self._rows.get
-        return np.fromiter((get(i, 0) for i in ids), dtype=np.int64, count=len(ids))
+        return _rows(self._rows, ids)
 
-    def add(self, ids: Sequence[str]) -> npt.NDArray[np.int64]:
-        """Rows (n,) of ids; those not yet known are appended, in order."""
-        rows = self._rows
-        return np.fromiter((rows.setdefault(i, len(rows) + 1) for i in ids), dtype=np.int64, count=len(ids))
+
+class GrowingIds:
+    """Ids that come and go. An id keeps its row while it lives; a row let go of goes to a later id, lowest first.
+
+    Which ids live, and in which rows, follows from the calls alone: the same calls give the same table, also when it
+    was saved and restored between any two of them.
+    """
+
+    def __init__(self, capacity: int, ttl: int | None = None) -> None:
+        """``capacity``: ids above which :meth:`expire` lets go of those seen longest ago. ``ttl``: how long, in the
+        unit of ``at``, an id lives after it was last seen; None for ever. Raises ValueError for less than 1 of either.
+        """
+        for name, value in (("capacity", capacity), ("ttl", ttl)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: {value}, expected at least 1")
+        self._capacity = capacity
+        self._ttl = ttl
+        self._rows: dict[str, int] = {}
+        self._ids: list[str | None] = [None]  # by row; None: row 0, and rows that are free
+        self._seen = np.zeros(1, np.int64)  # by row, with room to spare
+        self._free: list[int] = []
+
+    def __len__(self) -> int:
+        """Number of ids that live."""
+        return len(self._rows)
+
+    def __contains__(self, item: object) -> bool:
+        return item in self._rows
+
+    @property
+    def size(self) -> int:
+        """Rows that a table by these ids must have: row 0, those in use and those let go of."""
+        return len(self._ids)
+
+    def row(self, id_: str) -> int:
+        """Row of an id, 0 when it is unknown."""
+        return self._rows.get(id_, 0)
+
+    def add(self, ids: Sequence[str], at: int) -> Ints:
+        """Rows (n,) of ids, all seen at time ``at``; those not yet known get rows, in order."""
+        rows = _rows(self._rows, ids)
+        for i in np.flatnonzero(rows == 0).tolist():
+            rows[i] = self._row_for(ids[i])
+        np.maximum.at(self._seen, rows, at)
+        return rows
+
+    def expire(self, now: int) -> Ints:
+        """Let go of ids not seen since ``now - ttl`` and, above ``capacity``, of those seen longest ago.
+
+        Returns the rows that are free now, ascending; whoever keeps tables by row must clear them. Of ids seen at the
+        same time the lower row goes first. A table never has more rows than ``capacity`` plus the ids added between
+        two calls.
+        """
+        live = self.live_rows()
+        seen = self._seen[live]
+        gone = np.zeros(len(live), bool)
+        if self._ttl is not None:
+            gone = seen < now - self._ttl
+        left = len(live) - int(np.count_nonzero(gone))
+        if left > self._capacity:
+            staying = np.flatnonzero(~gone)
+            excess = left - self._capacity + self._capacity // _ROOM
+            gone[staying[np.argsort(seen[staying], kind="stable")[:excess]]] = True
+        rows = live[gone]
+        for row in rows.tolist():
+            id_ = self._ids[row]
+            assert id_ is not None
+            del self._rows[id_]
+            self._ids[row] = None
+            heapq.heappush(self._free, row)
+        self._seen[rows] = 0
+        return rows
+
+    @property
+    def over(self) -> bool:
+        """Whether there are more ids than ``capacity``."""
+        return len(self._rows) > self._capacity
+
+    def live_rows(self) -> Ints:
+        """Rows (n,) in use, ascending, row 0 left out."""
+        return np.sort(np.fromiter(self._rows.values(), np.int64, len(self._rows)))
+
+    def live_ids(self) -> list[str]:
+        """Ids parallel to :meth:`live_rows`."""
+        return [i for i in self._ids if i is not None]
+
+    def state(self) -> tuple[list[str | None], npt.NDArray[np.int64]]:
+        """For a checkpoint: ids by row from row 1 on, None where a row is free, and when each was last seen (n,)."""
+        return self._ids[1:], self._seen[1 : len(self._ids)].copy()
+
+    def restore(self, ids: Sequence[str | None], seen: npt.NDArray[np.int64]) -> None:
+        """Take over a saved table. Raises ValueError for an id that comes twice or unequal lengths."""
+        if len(ids) != len(seen):
+            raise ValueError(f"seen: {len(seen)} entries for {len(ids)} rows")
+        self._ids = [None, *ids]
+        self._seen = np.concatenate([np.zeros(1, np.int64), seen.astype(np.int64)])
+        self._rows = {i: row for row, i in enumerate(self._ids) if i is not None}
+        self._free = [row for row, i in enumerate(self._ids) if i is None and row]  # ascending: a heap
+        if len(self._rows) + len(self._free) != len(ids):
+            twice = next(i for row, i in enumerate(self._ids) if i is not None and self._rows[i] != row)
+            raise ValueError(f"ids: {twice!r} comes twice")
+
+    def _row_for(self, id_: str) -> int:
+        row = self._rows.get(id_)
+        if row is not None:  # it stands twice in one call
+            return row
+        if self._free:
+            row = heapq.heappop(self._free)
+            self._ids[row] = id_
+        else:
+            row = len(self._ids)
+            self._ids.append(id_)
+            if row == len(self._seen):
+                self._seen = np.concatenate([self._seen, np.zeros(max(1024, row), np.int64)])
+        self._rows[id_] = row
+        return row
+
+
+def _rows(table: dict[str, int], ids: Sequence[str]) -> Ints:
+    return np.fromiter(map(table.get, ids, repeat(0)), dtype=np.int64, count=len(ids))

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gpl.labels.matching import Floats
+from gpl.labels.matching import Floats, Ints
 from gpl.preranker.batch import Batch
 from gpl.preranker.loss import Loss, LossConfig, joint_loss
 from gpl.preranker.model import PreRanker, grown
@@ -35,6 +36,9 @@ class Learner:
         self.model = model
         self.loss = loss
         self.steps = 0
+        self.logits: Floats = np.zeros(0, np.float32)
+        """Of the last step's pairs (P,), as the model scored them before it was trained on them (without the unexposed
+        ones where the loss leaves them out)."""
         decayed = [model.content]
         plain = [p for _, p in model.dense() if p is not model.content]
         self._dense = torch.optim.AdamW(
@@ -54,7 +58,9 @@ class Learner:
         if len(batch.request) == 0:
             return None
         self.model.observe(batch.score)
-        loss = joint_loss(self.model(batch, content), batch, self.loss)
+        logits = self.model(batch, content)
+        self.logits = logits.full.detach().numpy()
+        loss = joint_loss(logits, batch, self.loss)
         loss.total.backward()  # type: ignore[no-untyped-call]
         for _, table in self.model.tables():
             for moment in _MOMENTS:
@@ -66,6 +72,17 @@ class Learner:
         self.model.zero_grad(set_to_none=True)
         self.steps += 1
         return Loss(*(term.detach() for term in (loss.total, loss.actual, loss.pseudo, loss.negatives)))
+
+    def forget(self, users: Ints, items: Ints) -> None:
+        """Make rows of the id tables as they are before an id's first step: weights and moments zero."""
+        for name, table in self.model.tables():
+            rows = torch.from_numpy(users if name == "users" else items)
+            table.data[rows] = 0.0
+            state = self._tables.state[table]
+            for moment in _MOMENTS:
+                if moment in state:
+                    # Rows that came after the last step have no moments yet.
+                    state[moment][rows[rows < len(state[moment])]] = 0.0
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The model's state and the optimizer's (names under ``optimizer.``), exactly. For safetensors."""

@@ -183,7 +183,7 @@ class Scorer:
         log.info("model_in_service", version=served.version)
 
     def _load(self, update: ModelUpdate) -> _Served:
-        published = models.read(models.path_of(update.uri), update.checksum)
+        published = models.read(update.uri, update.checksum)
         manifest = published.manifest
         space = (manifest.encoder, manifest.quantiser)
         if space != (self._frame.encoder, self._frame.quantiser):

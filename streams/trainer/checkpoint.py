@@ -1,14 +1,15 @@
 """Checkpoints: one directory binds the weights, the optimizer, the positions in the log and everything else of a step.
 
-``step-00001234/`` holds one safetensors file per model, ``state.json`` and ``manifest.json`` with the checksum of each
-file. No pickles. A checkpoint that does not match its manifest is skipped with a warning and the one before it serves.
+``step-00001234/`` holds safetensors files, ``state.json``, ``progressive.json`` and ``manifest.json`` with the
+checksum of each file. No pickles. A checkpoint that does not match its manifest is skipped with a warning and the one
+before it serves.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -18,14 +19,18 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from streams.durable import clear_aside, sha256_hex, write_directory
+from streams.durable import sha256_hex
+from streams.storage import Storage, open_storage
 
 log = structlog.get_logger()
 
-FORMAT = 1
+FORMAT = 2
 _PREFIX = "step-"
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
+_FIGURES = "progressive.json"
+_TENSORS = ".safetensors"
+_HOUR_MS = 3_600_000
 
 
 class CheckpointError(ValueError):
@@ -36,108 +41,189 @@ class CheckpointError(ValueError):
 class Checkpoint:
     """All that the trainer is after one step.
 
-    ``positions``: next offset to read, per partition of the labels topic. ``tensors``: by model name, weights and
-    optimizer. ``state``: JSON of everything else (ids, dedup window, popularity, validation window).
-    ``versions``: of the frozen space; ``metrics``: progressive validation; ``newest_event_ts``: milliseconds.
+    ``run``: of the batch journal, to which the step belongs. ``positions``, ``vectors``: next offset to read, per
+    partition, of the labels and of the item vectors. ``tensors``: by file, weights with optimizer, and the tables by
+    id. ``state``: JSON of everything else (ids, dedup window, validation window). ``versions``: of the frozen space;
+    ``metrics``: progressive validation in short, ``figures`` in full (JSON, for readers); ``newest_event_ts``:
+    milliseconds.
     """
 
     step: int
+    run: int
     positions: Mapping[int, int]
+    vectors: Mapping[int, int]
     tensors: Mapping[str, Mapping[str, Tensor]]
     state: bytes
     versions: Mapping[str, str]
     metrics: Mapping[str, float]
     newest_event_ts: int
+    figures: bytes = field(default=b"{}", compare=False)
 
 
-class _Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """About a checkpoint. ``written_at``: wall milliseconds; ``files``: checksums of the others, ``checksum``
+    of the manifest itself: a flipped bit in a position would go unnoticed without."""
+
     format: int
     step: int
+    run: int
     positions: dict[int, int]
+    vectors: dict[int, int]
     versions: dict[str, str]
     metrics: dict[str, float]
     newest_event_ts: int
+    written_at: int
     files: dict[str, str]
+    checksum: str = ""
+
+    def own_checksum(self) -> str:
+        """Of all that it says but ``checksum``."""
+        return sha256_hex(msgspec.json.encode(msgspec.structs.replace(self, checksum="")))
 
 
 class CheckpointStore:
-    """The checkpoints of one trainer, in one directory of a local or mounted file system."""
+    """The checkpoints of one trainer, in one location. Only the trainer itself saves and discards."""
 
-    def __init__(self, directory: Path, keep: int) -> None:
-        self._directory = directory
+    def __init__(
+        self,
+        location: Path | str | Storage,
+        keep: int,
+        keep_hourly: int = 0,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """``keep``: newest ones that stay; ``keep_hourly``: beside them the first of each of that many hours."""
+        self._storage = open_storage(location) if isinstance(location, (Path, str)) else location
         self._keep = keep
+        self._keep_hourly = keep_hourly
+        self._clock = clock
+        self._written_at: dict[int, int] = {}
 
-    def save(self, checkpoint: Checkpoint) -> Path:
-        """Write durably, then let go of all but the ``keep`` newest. Returns its directory."""
-        files = {f"{name}.safetensors": save_tensors(dict(part)) for name, part in checkpoint.tensors.items()}
+    def save(self, checkpoint: Checkpoint) -> str:
+        """Write durably, then let go of what is no longer kept. Returns its URI."""
+        files = {f"{name}{_TENSORS}": save_tensors(dict(part)) for name, part in checkpoint.tensors.items()}
         files[_STATE] = checkpoint.state
-        manifest = _Manifest(
+        files[_FIGURES] = checkpoint.figures
+        manifest = Manifest(
             format=FORMAT,
             step=checkpoint.step,
+            run=checkpoint.run,
             positions=dict(checkpoint.positions),
+            vectors=dict(checkpoint.vectors),
             versions=dict(checkpoint.versions),
             metrics=dict(checkpoint.metrics),
             newest_event_ts=checkpoint.newest_event_ts,
+            written_at=int(self._clock() * 1000),
             files={name: sha256_hex(data) for name, data in files.items()},
         )
-        files[_MANIFEST] = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
-        target = self._directory / f"{_PREFIX}{checkpoint.step:08d}"
-        write_directory(target, files)
+        sealed = msgspec.structs.replace(manifest, checksum=manifest.own_checksum())
+        files[_MANIFEST] = msgspec.json.format(msgspec.json.encode(sealed), indent=2)
+        uri = self._storage.write(_name(checkpoint.step), files, last=_MANIFEST)
+        self._written_at[checkpoint.step] = manifest.written_at
         self._retain(checkpoint.step)
-        return target
+        return uri
 
     def load_newest(self) -> Checkpoint | None:
         """The newest valid checkpoint, None when there is none."""
-        clear_aside(self._directory)
-        for step, path in sorted(self._all(), reverse=True):
+        return self.load_at_most(None)
+
+    def load_at_most(
+        self, step: int | None, wanted: Callable[[Manifest], bool] = lambda manifest: True
+    ) -> Checkpoint | None:
+        """The newest valid checkpoint up to a step, of those that ``wanted`` says yes to."""
+        for found in sorted(self.steps(), reverse=True):
+            if step is not None and found > step:
+                continue
             try:
-                return _read(path)
+                if wanted(self.manifest(found)):
+                    return self.load(found)
             except (CheckpointError, OSError) as error:
-                log.warning("checkpoint_skipped", step=step, path=str(path), why=str(error))
+                log.warning("checkpoint_skipped", step=found, path=self._storage.uri(_name(found)), why=str(error))
         return None
 
-    def _all(self) -> list[tuple[int, Path]]:
-        found = (path for path in self._directory.glob(f"{_PREFIX}*") if path.is_dir())
-        return [(int(path.name[len(_PREFIX) :]), path) for path in found if path.name[len(_PREFIX) :].isdigit()]
+    def load(self, step: int) -> Checkpoint:
+        """The checkpoint of a step. Raises CheckpointError when it is missing or damaged."""
+        manifest = self.manifest(step)
+        contents = {}
+        for name, checksum in manifest.files.items():
+            contents[name] = self._read(step, name)
+            if sha256_hex(contents[name]) != checksum:
+                raise CheckpointError(f"{name} does not match the checksum in {_MANIFEST}")
+        state = contents.pop(_STATE, None)
+        if state is None:
+            raise CheckpointError(f"{_MANIFEST} names no {_STATE}")
+        try:
+            tensors = {
+                name.removesuffix(_TENSORS): load_tensors(data)
+                for name, data in contents.items()
+                if name.endswith(_TENSORS)
+            }
+        except SafetensorError as error:
+            raise CheckpointError(f"tensors: {error}") from error
+        return Checkpoint(
+            step=manifest.step,
+            run=manifest.run,
+            positions=manifest.positions,
+            vectors=manifest.vectors,
+            tensors=tensors,
+            state=state,
+            versions=manifest.versions,
+            metrics=manifest.metrics,
+            newest_event_ts=manifest.newest_event_ts,
+            figures=contents.get(_FIGURES, b"{}"),
+        )
+
+    def manifest(self, step: int) -> Manifest:
+        """What a checkpoint says of itself. Raises CheckpointError when it is missing or damaged."""
+        try:
+            manifest = msgspec.json.decode(self._read(step, _MANIFEST), type=Manifest)
+        except ValueError as error:
+            raise CheckpointError(f"{_MANIFEST}: {error}") from error
+        if manifest.format != FORMAT:
+            raise CheckpointError(f"format: {manifest.format}, this trainer reads {FORMAT}")
+        if manifest.checksum != manifest.own_checksum() or manifest.step != step:
+            raise CheckpointError(f"{_MANIFEST} does not match its own checksum")
+        return manifest
+
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints, whatever state they are in, ascending."""
+        found = (name.removeprefix(_PREFIX) for name in self._storage.names() if name.startswith(_PREFIX))
+        return sorted(int(number) for number in found if number.isdigit())
+
+    def discard_after(self, step: int) -> None:
+        """Let go of all checkpoints of later steps, the newest first."""
+        for later in sorted((found for found in self.steps() if found > step), reverse=True):
+            self._storage.remove(_name(later), last=_MANIFEST)
 
     def _retain(self, saved: int) -> None:
         # What lies beyond the step just saved was found damaged at the start; it must not crowd out good ones.
-        kept = sorted((step for step, _ in self._all() if step <= saved), reverse=True)[: self._keep]
-        for step, path in self._all():
+        present = [step for step in self.steps() if step <= saved]
+        kept = set(present[-self._keep :])
+        first_of_hour: dict[int, int] = {}
+        if self._keep_hourly:
+            for step in present:
+                first_of_hour.setdefault(self._hour(step), step)
+            newest = self._hour(saved)
+            kept.update(step for hour, step in first_of_hour.items() if newest - self._keep_hourly < hour)
+        for step in self.steps():
             if step not in kept:
-                shutil.rmtree(path, ignore_errors=True)
+                self._storage.remove(_name(step), last=_MANIFEST)
+                self._written_at.pop(step, None)
 
+    def _hour(self, step: int) -> int:
+        """Since the epoch, in which a checkpoint was written; -1 of one that is damaged."""
+        if step not in self._written_at:
+            try:
+                self._written_at[step] = self.manifest(step).written_at
+            except (CheckpointError, OSError):
+                return -1
+        return self._written_at[step] // _HOUR_MS
 
-def _read(path: Path) -> Checkpoint:
-    try:
-        manifest = msgspec.json.decode((path / _MANIFEST).read_bytes(), type=_Manifest)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{_MANIFEST} is missing") from error
-    except msgspec.DecodeError as error:
-        raise CheckpointError(f"{_MANIFEST}: {error}") from error
-    if manifest.format != FORMAT:
-        raise CheckpointError(f"format: {manifest.format}, this trainer reads {FORMAT}")
-    contents = {}
-    for name, checksum in manifest.files.items():
+    def _read(self, step: int, file: str) -> bytes:
         try:
-            contents[name] = (path / name).read_bytes()
+            return self._storage.read(f"{_name(step)}/{file}")
         except FileNotFoundError as error:
-            raise CheckpointError(f"{name} is missing") from error
-        if sha256_hex(contents[name]) != checksum:
-            raise CheckpointError(f"{name} does not match the checksum in {_MANIFEST}")
-    state = contents.pop(_STATE, None)
-    if state is None:
-        raise CheckpointError(f"{_MANIFEST} names no {_STATE}")
-    try:
-        tensors = {name.removesuffix(".safetensors"): load_tensors(data) for name, data in contents.items()}
-    except SafetensorError as error:
-        raise CheckpointError(f"tensors: {error}") from error
-    return Checkpoint(
-        step=manifest.step,
-        positions=manifest.positions,
-        tensors=tensors,
-        state=state,
-        versions=manifest.versions,
-        metrics=manifest.metrics,
-        newest_event_ts=manifest.newest_event_ts,
-    )
+            raise CheckpointError(f"{file} is missing") from error
+
+
+def _name(step: int) -> str:
+    return f"{_PREFIX}{step:08d}"

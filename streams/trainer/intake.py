@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from streams.contracts import Label, decode
@@ -18,6 +18,20 @@ def parse(value: bytes | None) -> Label:
     label = decode(Label, value)
     _check(label)
     return label
+
+
+def parsed(records: Iterable[Any]) -> Iterator[tuple[Any, Label | Exception]]:
+    """Kafka records in order, each with its label, or with what is wrong with it."""
+    for record in records:
+        try:
+            yield record, parse(record.value)
+        except ValueError as error:  # msgspec's errors of decoding are ValueErrors too
+            yield record, error
+
+
+def newest_of(records: Iterable[Any]) -> int | None:
+    """The newest ``gpl-newest-at`` among records; None when none has one."""
+    return max((at for record in records if (at := newest_at(record.headers)) is not None), default=None)
 
 
 def newest_at(headers: Sequence[tuple[str, bytes]] | None) -> int | None:

@@ -1,11 +1,8 @@
 """The trainer's loop: labels in; checkpoints, published models and progressive figures out.
 
-Order of what must be durable, each before the next: dead letters and the journal, the checkpoint, the published model.
-So a checkpoint never points behind a dead letter that was not written, and a published model never runs ahead of
-what a restarted trainer resumes from.
-
-Recovery re-cuts the same batches from the same positions (see ``source``). A journal of offset ranges, from which any
-published model can be rebuilt also across partitions that were trained live, belongs beside ``source.take``.
+Order of what must be durable, each before the next: dead letters and both journals, the checkpoint, the published
+model. So a checkpoint never points behind a dead letter that was not written, and a published model never runs ahead
+of what a restarted trainer resumes from, nor of the batches from which it can be made again.
 """
 
 from __future__ import annotations
@@ -17,8 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import msgspec
 import structlog
+import torch
 
 from gpl.catalogue import Catalogue
 from streams import dead_letters, metrics
@@ -27,13 +24,17 @@ from streams.frame import Frame
 from streams.kafka import producer
 from streams.log_view import LogView
 from streams.settings import Settings
+from streams.storage import open_storage
 from streams.topics import full_name
 from streams.trainer import intake
+from streams.trainer.batch_journal import Batch, BatchJournal, Run, ranges, software
 from streams.trainer.checkpoint import CheckpointStore
+from streams.trainer.gate import Refusal
 from streams.trainer.journal import Journal
 from streams.trainer.publish import Publisher
-from streams.trainer.source import LabelSource
-from streams.trainer.trainer import Trainer
+from streams.trainer.source import LabelSource, offsets_at
+from streams.trainer.start import StartFrom
+from streams.trainer.trainer import MAIN, SHADOW, Trainer
 from streams.views import CatalogueView
 
 log = structlog.get_logger()
@@ -42,8 +43,15 @@ WAIT_SECONDS = 0.2
 """How long a batch may wait to fill at the end of the log."""
 SEND_SECONDS = 60.0
 """How long a dead letter may take to be acknowledged before the trainer gives up."""
-EXPORT_SECONDS = 2.0
+EXPORT_SECONDS = 10.0
 """Between computations of the exported progressive figures."""
+_VECTORS = "item-vectors"
+FOLLOW_SECONDS = 0.2
+"""Between looks for item vectors that have come."""
+
+
+class TrainingDivergedError(RuntimeError):
+    """The model's weights or scores are no numbers any more; nothing of it was saved or published."""
 
 
 def run(
@@ -52,16 +60,18 @@ def run(
     health: metrics.Health | None = None,
     journal: Path | None = None,
     frame: Frame | None = None,
+    start_from: str = "latest",
 ) -> None:
     """Train until ``stop`` is set, then leave a final checkpoint and, if the gate allows, a final publication.
 
     Beats "trainer"; ready once the catalogue has been read. ``journal``: file of the evaluation journal, none without.
     ``frame``: the space of vectors and labels, by default that of the artefacts.
-    Raises what the broker or the disk raises: a restarted process continues from the newest valid checkpoint.
+    ``start_from``: see ``start``. Raises TrainingDivergedError, ValueError for a start that there is not, and what the
+    broker or the disk raises: a restarted process continues from the newest valid checkpoint.
     """
     health = health or metrics.Health()
     health.wait_for("trainer")
-    with Loop(settings, frame or Frame.load(settings.artefacts), journal) as loop:
+    with Loop(settings, frame or Frame.load(settings.artefacts), journal, StartFrom.parse(start_from)) as loop:
         health.done("trainer")
         try:
             while not stop.is_set():
@@ -79,34 +89,54 @@ def run(
 class Loop:
     """What ``run`` repeats, over the connections and files that it holds open."""
 
-    def __init__(self, settings: Settings, frame: Frame, journal: Path | None) -> None:
+    def __init__(self, settings: Settings, frame: Frame, journal: Path | None, start: StartFrom) -> None:
         self._settings = settings
+        self._frame = frame
+        own = settings.trainer
         catalogue = Catalogue(frame.dim, frame.levels)
-        self._store = CheckpointStore(settings.trainer.checkpoints, settings.trainer.keep_checkpoints)
-        self._trainer = Trainer(settings.trainer, frame, catalogue)
-        checkpoint = self._store.load_newest()
+        storage = open_storage(own.checkpoints)
+        storage.recover()
+        self._store = CheckpointStore(storage, own.keep_checkpoints, own.keep_hourly_checkpoints)
+        self._batches = BatchJournal(storage)
+        self._trainer = Trainer(own, frame, catalogue, evaluations=journal is not None)
+        checkpoint = start.checkpoint(self._store)
         self._journal_length = 0 if checkpoint is None else self._trainer.restore(checkpoint)
         self._dead: list[Any] = []
         self._guard = dead_letters.Guard(settings.dead_letters)
+        self._moved: list[tuple[int, int]] = []  # item vectors taken in since the last batch
         vectors = CatalogueView(catalogue, frame.dim, frame.encoder, frame.quantiser)
         with ExitStack() as opened:
             self._journal = None
             if journal is not None:
                 self._journal = opened.enter_context(closing(Journal(journal, self._journal_length)))
-            self._view = opened.enter_context(closing(LogView(settings.kafka, {"item-vectors": vectors})))
+            self._view = opened.enter_context(closing(LogView(settings.kafka, {_VECTORS: vectors})))
             self._view.warm_up()
             positions = {} if checkpoint is None else checkpoint.positions
+            if start.kind == "time":
+                positions = offsets_at(settings.kafka, start.value)
             self._source = opened.enter_context(closing(LabelSource(settings.kafka, positions)))
             self._producer = opened.enter_context(closing(producer(settings.kafka)))
-            self._publisher = Publisher(settings.kafka, settings.trainer, self._producer)
+            self._publisher = opened.enter_context(closing(Publisher(settings.kafka, own, self._producer)))
             self._opened = opened.pop_all()
+        self._vectors = self._view.positions(_VECTORS)
+        parent = None if checkpoint is None else checkpoint.run
+        self._run = self._batches.begin(lambda number: self._header(number, parent, start)).run
         self._saved = -1 if checkpoint is None else checkpoint.step
+        if start.kind not in ("latest", "step", "before"):
+            self._save()  # a restart goes on from here, not from what was there before
         self._exported_step = self._trainer.step_count
         now = time.monotonic()
-        self._next_checkpoint = now + settings.trainer.checkpoint_every_wall_seconds
-        self._next_publication = now + settings.trainer.publish_every_wall_seconds
-        self._next_export = now
-        log.info("trainer_ready", step=self._trainer.step_count, positions=self._source.positions, items=len(catalogue))
+        self._next_checkpoint = now + own.checkpoint_every_wall_seconds
+        self._next_publication = now + own.publish_every_wall_seconds
+        self._next_export = self._next_follow = now
+        log.info(
+            "trainer_ready",
+            run=self._run,
+            step=self._trainer.step_count,
+            positions=self._source.positions,
+            items=len(catalogue),
+            start_from=start.text,
+        )
 
     def __enter__(self) -> Loop:
         return self
@@ -116,14 +146,17 @@ class Loop:
 
     def round(self) -> None:
         """Bring the catalogue up to date, train on at most one batch, and do what has fallen due."""
-        self._view.apply(self._view.fetch(0))
+        moved = self._follow()
+        before = dict(self._source.positions)
         records = self._source.take(self._settings.trainer.batch_records, WAIT_SECONDS)
         if records:
             self._train(records)
+            self._batches.append(Batch(ranges(before, self._source.positions), moved, self._trainer.loss))
+            self._moved = []
         now = time.monotonic()
         if now >= self._next_export:
             self._export()
-            self._next_export = now + EXPORT_SECONDS
+            self._next_export = time.monotonic() + EXPORT_SECONDS
         if now >= self._next_publication:
             self._publish()
             self._next_publication = time.monotonic() + self._settings.trainer.publish_every_wall_seconds
@@ -136,23 +169,43 @@ class Loop:
         self._publish()
         self._export()
 
+    def _follow(self) -> list[tuple[int, int]]:
+        """Take in item vectors that have come. Returns where their topic has moved on to since the last batch."""
+        now = time.monotonic()
+        if now >= self._next_follow:
+            self._next_follow = now + FOLLOW_SECONDS
+            if records := self._view.fetch(0):
+                self._view.apply(records)
+                positions = self._view.positions(_VECTORS)
+                moved = {p: at for p, at in positions.items() if at != self._vectors[p]}
+                self._moved = sorted((dict(self._moved) | moved).items())
+                self._vectors = positions
+        return self._moved
+
     def _train(self, records: list[Any]) -> None:
         labels: list[Label] = []
-        newest_at: int | None = None
-        for record in records:
-            try:
-                labels.append(intake.parse(record.value))
-            except (msgspec.DecodeError, ValueError) as error:
-                self._dead_letter(record, error)
-                continue
-            self._guard.accepted(record.topic, record.partition)
-            arrived = intake.newest_at(record.headers)
-            if arrived is not None:
-                newest_at = max(arrived, newest_at or 0)
+        for record, parsed in intake.parsed(records):
+            if isinstance(parsed, Exception):
+                self._dead_letter(record, parsed)
+            else:
+                self._guard.accepted(record.topic, record.partition)
+                labels.append(parsed)
         metrics.EVENTS.labels("labels").inc(len(records))
-        lines = self._trainer.step(labels, newest_at)
+        metrics.TRAINER_LAG_SECONDS.set(max(0.0, time.time() - max(r.timestamp for r in records) / 1000))
+        try:
+            lines = self._trainer.step(labels, intake.newest_of(records))
+        except FloatingPointError as error:
+            raise self._diverged(error) from error
         if self._journal is not None:
             self._journal.append(lines)
+
+    def _diverged(self, error: FloatingPointError) -> TrainingDivergedError:
+        self._publisher.refuse(Refusal("not_finite", str(error)), self._trainer.step_count)
+        return TrainingDivergedError(
+            f"{error}. The checkpoint of step {max(self._saved, 0)} and the published models are sound. Trained on "
+            "again with the same settings the same happens: lower trainer.learning_rate, or start from before it "
+            "(gpl train --start-from before=TIME)"
+        )
 
     def _dead_letter(self, record: Any, error: Exception) -> None:
         original = dead_letters.Original.of(record)
@@ -175,14 +228,22 @@ class Loop:
         self._dead.clear()
         if self._journal is not None:
             self._journal_length = self._journal.sync()
-        self._store.save(self._trainer.checkpoint(self._source.positions, self._journal_length))
+        self._batches.sync()
+        try:
+            checkpoint = self._trainer.checkpoint(
+                self._source.positions, self._journal_length, self._run, self._vectors
+            )
+        except FloatingPointError as error:
+            raise self._diverged(error) from error
+        self._store.save(checkpoint)
         self._saved = self._trainer.step_count
         metrics.CHECKPOINT_TIME.set(time.time())
+        self._batches.prune(self._settings.trainer.journal_days)
 
     def _publish(self) -> None:
         self._save()
         if self._trainer.step_count:
-            self._publisher.publish(self._trainer.candidate(self._source.positions))
+            self._publisher.publish(self._trainer.candidate(self._source.positions, self._run))
 
     def _export(self) -> None:
         for partition, behind in self._source.lag().items():
@@ -190,6 +251,37 @@ class Loop:
         if self._trainer.step_count == self._exported_step:
             return
         self._exported_step = self._trainer.step_count
-        for model, figures in self._trainer.figures().items():
-            for name, value in figures.items():
-                metrics.PROGRESSIVE.labels(name, model).set(value)
+        export(self._trainer)
+
+    def _header(self, number: int, parent: int | None, start: StartFrom) -> Run:
+        return Run(
+            run=number,
+            parent=parent,
+            step=self._trainer.step_count,
+            start_from=start.text,
+            positions=dict(self._source.positions),
+            vectors=dict(self._vectors),
+            settings=self._settings.trainer.model_dump(mode="json"),
+            versions=self._frame.versions,
+            threads=torch.get_num_threads(),
+            software=software(),
+            started_at=int(time.time() * 1000),
+        )
+
+
+def export(trainer: Trainer) -> None:
+    """Set the gauges of progressive validation, the gain of pseudo-labels and the ids."""
+    figures = trainer.figures()
+    for model, of in figures.items():
+        for name, value in of.items():
+            metrics.PROGRESSIVE.labels(name, model).set(value)
+    if SHADOW in figures:
+        for name in figures[MAIN].keys() & figures[SHADOW].keys():
+            metrics.PSEUDO_LABEL_GAIN.labels(name).set(figures[MAIN][name] - figures[SHADOW][name])
+    for window, models in trainer.slices().items():
+        for model, slices in models.items():
+            for part, found in slices.items():
+                for name, value in found.items():
+                    metrics.PROGRESSIVE_SLICE.labels(name, model, part, window).set(value)
+    for table, count in trainer.ids().items():
+        metrics.IDS.labels(table).set(count)

@@ -2,20 +2,18 @@
 
 What was announced last is read from ``gpl.model-updates`` itself, so a restarted trainer publishes when, and only
 when, it is past that. A kill between directory and announcement leaves a version that nobody was told of; the
-next publication has a higher number.
+next publication has a higher number. While a version is pinned, models are made and kept and nothing is announced.
 """
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import structlog
-import torch
 from torch import Tensor
 
 from streams import metrics, models
@@ -24,22 +22,28 @@ from streams.kafka import check_size
 from streams.log_view import LogView
 from streams.settings import KafkaSettings, TrainerSettings
 from streams.topics import full_name
+from streams.trainer import probe
+from streams.trainer.gate import Feed, Refusal, gate
 
 log = structlog.get_logger()
 
-_TOPIC = "model-updates"
+TOPIC = "model-updates"
 _SEND_TIMEOUT_SECONDS = 60.0
+_HOUR_MS = 3_600_000
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model that could be published, as of one step.
+    """A model that could be published, as of one step of a run of the batch journal.
 
-    ``evaluated``: label records in the progressive window, whose figures are ``metrics``. ``newest_at``: wall
-    milliseconds of the newest source record trained on, None when no label named it.
+    ``records``: trained on. ``evaluated``: requests in the progressive window, whose figures are ``metrics``; ``feed``
+    tells of the newest n of them. ``newest_at``: wall milliseconds of the newest source record trained on, None when no
+    label named it. ``asked``: recent requests for the next probe; ``score``: the model's answers.
     """
 
     step: int
+    run: int
+    records: int
     weights: Mapping[str, Tensor]
     ids: models.Ids
     config: Mapping[str, float | int | str | bool]
@@ -49,40 +53,63 @@ class Candidate:
     evaluated: int
     newest_event_ts: int
     newest_at: int | None
+    feed: Callable[[int], Feed]
+    asked: models.Probe
+    score: probe.Score
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """Why a model was not published: a bounded word for the metric, and the sentence for people."""
+def announce(kafka: KafkaSettings, producer: Any, update: ModelUpdate) -> None:
+    """Put a model into service: write it to ``gpl.model-updates``. Raises what the broker raises."""
+    topic, key, value = full_name(kafka, TOPIC), update.model.encode(), encode(update)
+    check_size(kafka, topic, key, value)
+    producer.send(topic, key=key, value=value).get(timeout=_SEND_TIMEOUT_SECONDS)
 
-    reason: str
-    why: str
+
+def update_of(store: models.ModelStore, version: str) -> ModelUpdate:
+    """The announcement of a version that is in storage. Raises ModelError when it is missing or damaged."""
+    manifest, checksum = store.manifest(version)
+    return ModelUpdate(
+        model=manifest.model,
+        version=version,
+        uri=store.uri(version),
+        checksum=checksum,
+        source_offsets=manifest.source_offsets,
+        newest_event_ts=manifest.newest_event_ts,
+        metrics=manifest.metrics,
+    )
 
 
-def gate(candidate: Candidate, last: Mapping[str, float] | None, settings: TrainerSettings) -> Refusal | None:
-    """None when the candidate may be published. ``last``: metrics of the model announced last."""
-    for name, tensor in candidate.weights.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            return Refusal("not_finite", f"{name} holds values that are not finite")
-    if candidate.evaluated < settings.publish_min_records:
-        return Refusal(
-            "few_records", f"{candidate.evaluated} records evaluated, {settings.publish_min_records} are asked for"
-        )
-    before, now = (last or {}).get("log_loss"), candidate.metrics.get("log_loss")
-    if before is not None and now is not None and not now <= before + settings.publish_max_regression:
-        return Refusal(
-            "regression",
-            f"progressive log loss {now:.4f}, {before:.4f} when the last model was published; "
-            f"at most {settings.publish_max_regression} worse is allowed",
-        )
-    return None
+class Announced:
+    """Follows the announcements of one model's name. ``last``: the newest, None when there is none."""
+
+    def __init__(self, kafka: KafkaSettings, model: str) -> None:
+        self._model = model.encode()
+        self.last: ModelUpdate | None = None
+        self._view = LogView(kafka, {TOPIC: self._keep})
+        self._view.warm_up()
+
+    def refresh(self) -> ModelUpdate | None:
+        """Read on to the present end."""
+        self._view.refresh_goal()
+        self._view.warm_up()
+        return self.last
+
+    def close(self) -> None:
+        self._view.close()
+
+    def __enter__(self) -> Announced:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _keep(self, record: Any) -> None:
+        if record.key == self._model:
+            self.last = None if record.value is None else decode(ModelUpdate, record.value)
 
 
 class Publisher:
-    """Publishes the models of one name. ``producer``: a kafka-python producer; ``clock``: wall seconds.
-
-    ``last`` is the last announcement of that name.
-    """
+    """Publishes the models of one name. ``producer``: a kafka-python producer; ``clock``: wall seconds."""
 
     def __init__(
         self,
@@ -95,83 +122,151 @@ class Publisher:
         self._settings = settings
         self._producer = producer
         self._clock = clock
-        self.last = self._announced()
+        self.store = models.ModelStore(settings.models)
+        self.store.storage.recover()
+        self._announced = Announced(kafka, settings.model_name)
+        self._published_at: dict[str, int] = {}
+        self._attempted: int | None = None  # records trained on at the last attempt
+        self._refused: str | None = None
+
+    @property
+    def last(self) -> ModelUpdate | None:
+        """The last announcement, whoever made it."""
+        return self._announced.last
 
     def publish(self, candidate: Candidate) -> ModelUpdate | None:
-        """Publish and announce; None when there is nothing new or the gate refuses (counted, logged)."""
-        offsets = {str(p): offset for p, offset in sorted(candidate.positions.items())}
-        if self.last is not None and self.last.source_offsets == offsets:
+        """Publish and announce; None when there is nothing new, the gate refuses (counted, logged, kept) or a version
+        is pinned."""
+        last = self._announced.refresh()
+        if self._attempted == candidate.records or not candidate.records:
             return None
-        refusal = gate(candidate, self.last.metrics if self.last else None, self._settings)
+        if self._attempted is None and last is not None and last.metrics.get("records") == candidate.records:
+            self._attempted = candidate.records  # restarted, and not past what it published
+            return None
+        fresh = candidate.records if self._attempted is None else candidate.records - self._attempted
+        self._attempted = candidate.records
+        moved, refusal = self._judge(candidate, last, fresh)
         if refusal is not None:
-            metrics.PUBLICATIONS_REFUSED.labels(refusal.reason).inc()
-            log.warning("publication_refused", step=candidate.step, reason=refusal.reason, why=refusal.why)
+            self.refuse(refusal, candidate.step)
             return None
+        self._refused = None
+        metrics.PUBLICATION_BLOCKED.set(0)
         now = self._clock()
-        figures = dict(candidate.metrics)
+        figures = {**candidate.metrics, "records": float(candidate.records), **_drift(moved)}
         if candidate.newest_at is not None:
             figures["model_age_seconds"] = now - candidate.newest_at / 1000
-        directory, checksum, version = self._write(candidate, figures, offsets, int(now * 1000))
-        update = ModelUpdate(
-            model=self._settings.model_name,
-            version=version,
-            uri=directory.resolve().as_uri(),
-            checksum=checksum,
-            source_offsets=offsets,
-            newest_event_ts=candidate.newest_event_ts,
-            metrics=figures,
-        )
-        self._announce(update)
-        self.last = update
+        version = self._write(candidate, figures, int(now * 1000))
+        update = update_of(self.store, version)
+        if not self._announce(update):
+            return None
         metrics.MODELS_PUBLISHED.inc()
         if "model_age_seconds" in figures:
             metrics.MODEL_AGE.set(figures["model_age_seconds"])
         log.info("model_published", version=version, step=candidate.step, **figures)
-        self._retain()
         return update
 
-    def _write(
-        self, candidate: Candidate, figures: Mapping[str, float], offsets: Mapping[str, int], now: int
-    ) -> tuple[Path, str, str]:
-        number = models.next_number(self._settings.models)
+    def refuse(self, refusal: Refusal, step: int) -> None:
+        """Count, log and keep a refusal."""
+        metrics.PUBLICATIONS_REFUSED.labels(refusal.reason).inc()
+        metrics.PUBLICATION_BLOCKED.set(1)
+        log.warning("publication_refused", step=step, reason=refusal.reason, why=refusal.why)
+        self.store.refuse(refusal.reason, refusal.why, step, int(self._clock() * 1000))
+
+    def close(self) -> None:
+        self._announced.close()
+
+    def _judge(
+        self, candidate: Candidate, last: ModelUpdate | None, fresh: int
+    ) -> tuple[Mapping[str, float], Refusal | None]:
+        accepted = self.store.accepted()
+        figures = {} if last is None or accepted else last.metrics
+        moved = probe.compare(self._last_probe(last), candidate.score)
+        refusal = gate(
+            candidate.weights,
+            candidate.metrics,
+            candidate.evaluated,
+            candidate.feed(fresh),
+            figures,
+            {name: value for name, value in moved.items() if name == "finite" or not accepted},
+            self._settings,
+        )
+        if accepted and refusal is None:
+            log.warning("gate_opened_once", step=candidate.step)
+            self.store.clear_acceptance()
+        return moved, refusal
+
+    def _last_probe(self, last: ModelUpdate | None) -> models.Probe:
+        if last is None:
+            return models.NO_PROBE
+        try:
+            return models.read(last.uri, last.checksum).probe
+        except models.ModelError as error:  # its files are gone: nothing to compare with
+            log.warning("last_model_unreadable", version=last.version, why=str(error))
+            return models.NO_PROBE
+
+    def _write(self, candidate: Candidate, figures: Mapping[str, float], now: int) -> str:
+        present = [models.number_of(version) for version in self.store.versions()]
         if self.last is not None:
-            number = max(number, models.number_of(self.last.version) + 1)
+            present.append(models.number_of(self.last.version))
         manifest = models.Manifest(
             model=self._settings.model_name,
-            version=models.version_name(number, candidate.step),
+            version=models.version_name(1 + max(present, default=0), candidate.step),
             step=candidate.step,
+            run=candidate.run,
+            records=candidate.records,
             config=dict(candidate.config),
             encoder=candidate.versions["encoder"],
             quantiser=candidate.versions["quantiser"],
-            source_offsets=dict(offsets),
+            source_offsets={str(p): offset for p, offset in sorted(candidate.positions.items())},
             newest_event_ts=candidate.newest_event_ts,
             published_at=now,
             metrics=dict(figures),
         )
-        directory, checksum = models.write(self._settings.models, manifest, candidate.weights, candidate.ids)
-        return directory, checksum, manifest.version
+        asked = probe.answered(candidate.asked, candidate.score)
+        self.store.write(manifest, candidate.weights, candidate.ids, asked)
+        self._published_at[manifest.version] = now
+        return manifest.version
 
-    def _announce(self, update: ModelUpdate) -> None:
-        topic, key, value = full_name(self._kafka, _TOPIC), update.model.encode(), encode(update)
-        check_size(self._kafka, topic, key, value)
-        self._producer.send(topic, key=key, value=value).get(timeout=_SEND_TIMEOUT_SECONDS)
+    def _announce(self, update: ModelUpdate) -> bool:
+        """Whether the model is in service now."""
+        pin = self.store.pinned()
+        if pin is not None:
+            log.info("model_held_back", version=update.version, pinned=pin.version)
+            self._retain(update.version, pin.version)
+            return False
+        announce(self._kafka, self._producer, update)
+        self._announced.refresh()
+        # Somebody may have pinned a version between the look and the announcement; theirs is to stay.
+        pin = self.store.pinned()
+        if pin is not None and pin.version != update.version:
+            announce(self._kafka, self._producer, update_of(self.store, pin.version))
+            self._announced.refresh()
+        self._retain(update.version, pin.version if pin else None)
+        return pin is None or pin.version == update.version
 
-    def _announced(self) -> ModelUpdate | None:
-        """The last announcement of this model's name that is on the log."""
-        found: list[ModelUpdate] = []
+    def _retain(self, *needed: str | None) -> None:
+        present = self.store.versions()
+        kept = {*present[: self._settings.keep_models], *needed, self.last.version if self.last else None}
+        first_of_hour: dict[int, str] = {}
+        if self._settings.keep_hourly_models:
+            for version in reversed(present):
+                first_of_hour.setdefault(self._hour(version), version)
+            newest = max(first_of_hour, default=0)
+            kept.update(v for h, v in first_of_hour.items() if h > newest - self._settings.keep_hourly_models)
+        for version in present:
+            if version not in kept:
+                self.store.remove(version)
+                self._published_at.pop(version, None)
 
-        def keep(record: Any) -> None:
-            if record.key == self._settings.model_name.encode():
-                found[:] = [decode(ModelUpdate, record.value)] if record.value is not None else []
+    def _hour(self, version: str) -> int:
+        """Since the epoch, in which a version was published; -1 of one that is damaged."""
+        if version not in self._published_at:
+            try:
+                self._published_at[version] = self.store.manifest(version)[0].published_at
+            except models.ModelError:
+                self._published_at[version] = -_HOUR_MS
+        return self._published_at[version] // _HOUR_MS
 
-        view = LogView(self._kafka, {_TOPIC: keep})
-        try:
-            view.warm_up()
-        finally:
-            view.close()
-        return found[0] if found else None
 
-    def _retain(self) -> None:
-        # By number, newest first; what was announced last is always among them.
-        for path in models.versions(self._settings.models)[self._settings.keep_models :]:
-            shutil.rmtree(path, ignore_errors=True)
+def _drift(moved: Mapping[str, float]) -> dict[str, float]:
+    return {name: moved[name] for name in ("psi", "agreement") if name in moved}

@@ -8,15 +8,17 @@ smaller batch is cut only at the end of the log, after a short wait, so that not
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import structlog
 from kafka import TopicPartition
 
 from streams.kafka import consumer
+from streams.log_view import TopicMissingError
 from streams.settings import KafkaSettings
 from streams.topics import full_name
 
@@ -26,6 +28,40 @@ STALL_SECONDS = 10.0
 """Of polling: after it a partition that has records but gives none (no leader) is no longer waited for."""
 BUFFER_BYTES = 256 * 2**20
 """Of values that wait for another partition; above it that partition counts as stalled too."""
+
+
+def in_merge_order(records: Iterable[Any]) -> list[Any]:
+    """Records of several partitions, each by ascending offset, merged by (Kafka timestamp, partition) of the heads."""
+    by_partition: dict[int, deque[Any]] = {}
+    for record in records:
+        by_partition.setdefault(record.partition, deque()).append(record)
+    heads = [(queue[0].timestamp, p) for p, queue in by_partition.items()]
+    heapq.heapify(heads)
+    merged = []
+    while heads:
+        _, p = heads[0]
+        queue = by_partition[p]
+        merged.append(queue.popleft())
+        if queue:
+            heapq.heapreplace(heads, (queue[0].timestamp, p))
+        else:
+            heapq.heappop(heads)
+    return merged
+
+
+def offsets_at(kafka: KafkaSettings, ts: int) -> dict[int, int]:
+    """Offset of the first label record published at or after ``ts`` (Kafka time, milliseconds), per partition; its end
+    where there is none. Raises ValueError when the topic is missing."""
+    reader = consumer(kafka)
+    try:
+        topic = full_name(kafka, "labels")
+        assignment = [TopicPartition(topic, p) for p in sorted(reader.partitions_for_topic(topic) or ())]
+        if not assignment:
+            raise TopicMissingError(f"topic {topic} does not exist; `gpl topics create` makes it")
+        found, ends = reader.offsets_for_times(dict.fromkeys(assignment, ts)), reader.end_offsets(assignment)
+        return {tp.partition: found[tp].offset if found.get(tp) else ends[tp] for tp in assignment}
+    finally:
+        reader.close()
 
 
 class LabelSource:
@@ -47,7 +83,7 @@ class LabelSource:
         try:
             found = self._consumer.partitions_for_topic(topic)
             if not found:
-                raise ValueError(f"topic {topic} does not exist; `gpl topics create` makes it")
+                raise TopicMissingError(f"topic {topic} does not exist; `gpl topics create` makes it")
             self._assignment = {p: TopicPartition(topic, p) for p in sorted(found)}
             self._consumer.assign(list(self._assignment.values()))
             self._ends = self._seek(positions)
@@ -126,7 +162,8 @@ class LabelSource:
             self._pending.append(self._buffers[min(heads)[1]].popleft())
 
     def _cut(self) -> list[Any]:
-        batch, self._pending = self._pending, []
+        # Records may have become pending at different times. In merge order, a batch follows from which it holds.
+        batch, self._pending = in_merge_order(self._pending), []
         for record in batch:
             self.positions[record.partition] = record.offset + 1
         return batch

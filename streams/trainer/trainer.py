@@ -1,11 +1,12 @@
 """One step of training, and everything that must survive it. No Kafka, no wall clock.
 
 The weights after a step are a function of the settings, the item vectors and the sequence of batches, so a trainer
-that is killed and resumed ends where an undisturbed one does.
+that is killed and resumed ends where an undisturbed one does, and a model can be made again from the batch journal.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from gpl.catalogue import Catalogue
 from gpl.labels.matching import Floats
 from gpl.preranker.batch import Batch
-from gpl.preranker.ids import IdTable
+from gpl.preranker.ids import GrowingIds
 from gpl.preranker.learner import Learner
 from gpl.preranker.loss import LossConfig
 from gpl.preranker.model import PreRanker
@@ -24,26 +25,35 @@ from streams import metrics, models
 from streams.contracts import Label
 from streams.frame import Frame
 from streams.settings import TrainerSettings
+from streams.trainer import probe
 from streams.trainer.batch import Prepared, prepare
+from streams.trainer.calibration import CalibrationWindow
 from streams.trainer.checkpoint import Checkpoint
 from streams.trainer.dedup import DedupWindow, Trained
 from streams.trainer.publish import Candidate
-from streams.trainer.validation import Evaluated, ProgressiveWindow, ranks, tail_threshold
+from streams.trainer.validation import PSEUDO_PAIRS, Bools, Evaluated, ProgressiveWindow, ranks, tail_threshold
 
 MAIN, SHADOW = "gpl", "exposed"
 """Model names in metrics and in the journal: trained with pseudo-labels, and on exposed labels only."""
 
 _FILES = {MAIN: "model", SHADOW: "shadow"}
+_EXPIRY_STEPS = 256  # between looks for ids that were not seen for long; it costs as much as there are ids
+_TAIL_STEPS = 64  # between looks at what is the less popular half of the items,
+_FEW_ITEMS = 4096  # unless there are so few that it costs nothing
+
+
+_START: Mapping[int, int] = {}
 
 
 class _State(msgspec.Struct):
-    """What a checkpoint holds beside tensors. ``journal``: its length in bytes."""
+    """What a checkpoint holds beside tensors. ``journal``: length of the evaluation journal in bytes."""
 
-    users: list[str]
-    items: list[str]
-    exposures: list[int]
+    users: list[str | None]
+    items: list[str | None]
     dedup: list[tuple[str, Trained]]
-    window: list[Evaluated]
+    window: list[str]
+    tail: float
+    records: int
     newest_at: int | None
     journal: int
 
@@ -51,31 +61,42 @@ class _State(msgspec.Struct):
 class Trainer:
     """The pre-ranker being trained, its exposed-only twin where wanted, and the state around them.
 
-    ``catalogue`` is read only, at each step as it is then.
+    ``catalogue`` is read only, at each step as it is then. ``loss``: of the main model's last step, None when there was
+    nothing to train on.
     """
 
-    def __init__(self, settings: TrainerSettings, frame: Frame, catalogue: Catalogue) -> None:
+    def __init__(self, settings: TrainerSettings, frame: Frame, catalogue: Catalogue, evaluations: bool = True) -> None:
+        """``evaluations``: whether ``step`` returns lines for the evaluation journal."""
+        self._lines = evaluations
         self._settings = settings
         self._frame = frame
         self._catalogue = catalogue
         self._learners = {MAIN: self._learner(settings.pseudo_weight, settings.negatives_weight)}
         if settings.shadow:
             self._learners[SHADOW] = self._learner(0.0, 0.0)
-        self._users, self._items = IdTable(), IdTable()
+        ttl = None if settings.id_ttl_seconds is None else max(1, int(settings.id_ttl_seconds * 1000))
+        self._users, self._items = GrowingIds(settings.max_users, ttl), GrowingIds(settings.max_items, ttl)
         self._exposures = np.zeros(1, np.int64)  # by item row; row 0 is the unknown item
+        self._tail = 0.0  # exposures up to which an item counts to the tail
         self._dedup = DedupWindow(settings.dedup_requests)
-        self._window = ProgressiveWindow(settings.window_records)
+        self._window = ProgressiveWindow(settings.window_records, list(self._learners))
+        self._calibration = CalibrationWindow()
+        self._recent: deque[Prepared] = deque(maxlen=probe.REQUESTS)
         self._newest_at: int | None = None
+        self.loss: float | None = None
         self.step_count = 0
+        self.records = 0
+        self.evaluated = 0
         self.newest_event_ts = 0
 
     def step(self, labels: Sequence[Label], newest_at: int | None = None) -> list[dict[str, Any]]:
         """Score, then train on, one mini-batch of checked label records; redeliveries in it are dropped.
 
-        ``newest_at``: the newest source record of the batch, wall milliseconds. Returns the journal's lines.
+        ``newest_at``: the newest source record of the batch, wall milliseconds. Returns the evaluation journal's lines.
         Raises FloatingPointError when the model scores the batch with what is not a number.
         """
         self.step_count += 1
+        self.loss = None
         prepared = [p for label in labels if (p := self._admit(label)) is not None]
         if newest_at is not None:
             self._newest_at = max(newest_at, self._newest_at or 0)
@@ -83,13 +104,16 @@ class Trainer:
         lines: list[dict[str, Any]] = []
         if trainable:
             batch = Batch.collate([p.example for p in trainable])
-            content = self._catalogue.vectors
             self._grow()
-            lines = self._validate(trainable, batch, content)
-            for learner in self._learners.values():
-                learner.step(batch, content)
-            for p in trainable:
-                np.add.at(self._exposures, p.example.item_row[: p.exposed], 1)
+            exposed_rows = batch.item_row[batch.item[batch.exposed]]
+            new, tail = self._exposures[exposed_rows] == 0, self._exposures[exposed_rows] <= self._tail
+            logits = self._train(batch)
+            lines = self._validate(trainable, logits, new, tail)
+            np.add.at(self._exposures, exposed_rows, 1)
+            self._calibration.add(batch.score[batch.exposed], batch.clicked[batch.exposed])
+            self._recent.extend(trainable)
+        self._expire()
+        self.records += len(prepared)
         metrics.TRAINER_STEPS.inc()
         metrics.TRAINER_RECORDS.inc(len(prepared))
         return lines
@@ -98,8 +122,21 @@ class Trainer:
         """Progressive validation by model name, over the present window."""
         return {name: self._window.summary(name) for name in self._learners}
 
-    def checkpoint(self, positions: Mapping[int, int], journal: int) -> Checkpoint:
-        """Everything after the last step, with the log positions and the journal's length that belong to it.
+    def slices(self) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+        """All figures, by window (``whole``, ``recent``), model, slice and name."""
+        return {
+            window: {name: self._window.slices(name, newest) for name in self._learners}
+            for window, newest in (("whole", None), ("recent", self._settings.recent_records))
+        }
+
+    def ids(self) -> dict[str, int]:
+        """How many users and items live in the tables."""
+        return {"users": len(self._users), "items": len(self._items)}
+
+    def checkpoint(
+        self, positions: Mapping[int, int], journal: int, run: int = 0, vectors: Mapping[int, int] = _START
+    ) -> Checkpoint:
+        """Everything after the last step, with the log positions and the journals' places that belong to it.
 
         Raises FloatingPointError when training has diverged: nothing can be resumed from such weights.
         """
@@ -108,27 +145,41 @@ class Trainer:
             for name, tensor in part.items():
                 if not bool(torch.isfinite(tensor).all()):
                     raise FloatingPointError(f"{model}, {name}: not finite at step {self.step_count}")
+        users, users_seen = self._users.state()
+        items, items_seen = self._items.state()
+        requests, window = self._window.state()
+        tensors["window"] = window
+        tensors["calibration"] = self._calibration.state()
+        tensors["ids"] = {
+            "users_seen": torch.from_numpy(users_seen),
+            "items_seen": torch.from_numpy(items_seen),
+            "exposures": torch.from_numpy(self._exposures.copy()),
+        }
         state = _State(
-            users=self._users.to_list(),
-            items=self._items.to_list(),
-            exposures=self._exposures.tolist(),
+            users=users,
+            items=items,
             dedup=self._dedup.state(),
-            window=self._window.state(),
+            window=requests,
+            tail=self._tail,
+            records=self.records,
             newest_at=self._newest_at,
             journal=journal,
         )
         return Checkpoint(
             step=self.step_count,
+            run=run,
             positions=dict(positions),
+            vectors=dict(vectors),
             tensors=tensors,
             state=msgspec.json.encode(state),
             versions=self._frame.versions,
             metrics=self._window.summary(MAIN),
             newest_event_ts=self.newest_event_ts,
+            figures=msgspec.json.encode({**self.slices(), "calibration": self._calibration.fit().to_dict()}),
         )
 
     def restore(self, checkpoint: Checkpoint) -> int:
-        """Take over a checkpoint. Returns the journal's length.
+        """Take over a checkpoint. Returns the evaluation journal's length.
 
         Raises ValueError, naming what differs, when it belongs to another space or to other settings.
         """
@@ -145,21 +196,32 @@ class Trainer:
                     "which cannot catch up; set it to false or start from other trainer.checkpoints"
                 )
             learner.load_state_tensors(checkpoint.tensors[_FILES[name]])
-        self._users, self._items = IdTable.from_list(state.users), IdTable.from_list(state.items)
-        self._exposures = np.array(state.exposures, np.int64)
+        by_id = {name: tensor.numpy() for name, tensor in checkpoint.tensors["ids"].items()}
+        self._users.restore(state.users, by_id["users_seen"])
+        self._items.restore(state.items, by_id["items_seen"])
+        self._exposures = by_id["exposures"].copy()
         self._dedup.restore(state.dedup)
-        self._window.restore(state.window)
+        self._window.restore(state.window, checkpoint.tensors["window"])
+        self._calibration.restore(checkpoint.tensors["calibration"])
+        self._tail = state.tail
         self._newest_at = state.newest_at
+        self.records = state.records
         self.step_count = checkpoint.step
         self.newest_event_ts = checkpoint.newest_event_ts
         return state.journal
 
-    def candidate(self, positions: Mapping[int, int]) -> Candidate:
-        """The main model as it could be published now."""
+    def candidate(self, positions: Mapping[int, int], run: int = 0) -> Candidate:
+        """The main model as it could be published now, with the rows of the ids that live."""
+        weights = self._learners[MAIN].model.state_tensors()
+        users, items = (torch.from_numpy(np.r_[0, table.live_rows()]) for table in (self._users, self._items))
+        for name, rows in (("users", users), ("items", items), ("item_bias", items)):
+            weights[name] = weights[name][rows]
         return Candidate(
             step=self.step_count,
-            weights=self._learners[MAIN].model.state_tensors(),
-            ids=models.Ids(self._users.to_list(), self._items.to_list()),
+            run=run,
+            records=self.records,
+            weights=weights,
+            ids=models.Ids(self._users.live_ids(), self._items.live_ids()),
             config={"dim": self._settings.dim, "dim_content": self._frame.dim},
             versions=self._frame.versions,
             positions=dict(positions),
@@ -167,6 +229,9 @@ class Trainer:
             evaluated=len(self._window),
             newest_event_ts=self.newest_event_ts,
             newest_at=self._newest_at,
+            feed=self._window.feed,
+            asked=self._probe(),
+            score=self._score,
         )
 
     def _learner(self, pseudo_weight: float, negatives_weight: float) -> Learner:
@@ -191,52 +256,107 @@ class Trainer:
         return prepared
 
     def _grow(self) -> None:
-        rows = len(self._items) + 1
         for learner in self._learners.values():
-            learner.model.grow(len(self._users) + 1, rows)
-        if rows > len(self._exposures):
-            self._exposures = np.concatenate([self._exposures, np.zeros(rows - len(self._exposures), np.int64)])
+            learner.model.grow(self._users.size, self._items.size)
+        missing = self._items.size - len(self._exposures)
+        if missing > 0:
+            self._exposures = np.concatenate([self._exposures, np.zeros(max(missing, len(self._exposures)), np.int64)])
+        if self.step_count % _TAIL_STEPS == 1 or self._items.size < _FEW_ITEMS:
+            self._tail = tail_threshold(self._exposures[self._items.live_rows()])
 
-    def _validate(self, prepared: Sequence[Prepared], batch: Batch, content: Floats) -> list[dict[str, Any]]:
-        with torch.no_grad():
-            logits = {name: learner.model(batch, content).full.numpy() for name, learner in self._learners.items()}
-        for name, values in logits.items():
-            if not np.isfinite(values).all():
+    def _expire(self) -> None:
+        due = self.step_count % _EXPIRY_STEPS == 0
+        users, items = (
+            table.expire(self.newest_event_ts) if due or table.over else _NO_ROWS
+            for table in (self._users, self._items)
+        )
+        if len(users) or len(items):
+            for learner in self._learners.values():
+                learner.forget(users, items)
+            self._exposures[items] = 0
+            metrics.IDS_FORGOTTEN.labels("users").inc(len(users))
+            metrics.IDS_FORGOTTEN.labels("items").inc(len(items))
+
+    def _train(self, batch: Batch) -> dict[str, Floats]:
+        """Train every model on the batch. Returns the logits (P,) that each gave its pairs before that."""
+        content, logits = self._catalogue.vectors, {}
+        for name, learner in self._learners.items():
+            if learner.loss.exposed_only:  # its step leaves the unexposed pairs out
+                with torch.no_grad():
+                    logits[name] = learner.model(batch, content).full.numpy()
+            loss = learner.step(batch, content)
+            if not learner.loss.exposed_only:
+                logits[name] = learner.logits
+            if name == MAIN and loss is not None:
+                self.loss = float(loss.total)
+            if not np.isfinite(logits[name]).all():
                 raise FloatingPointError(f"{name}: training has diverged before step {self.step_count}")
-        threshold = tail_threshold(self._exposures[1:])
+        return logits
+
+    def _validate(
+        self, prepared: Sequence[Prepared], logits: Mapping[str, Floats], new: Bools, tail: Bools
+    ) -> list[dict[str, Any]]:
         lines: list[dict[str, Any]] = []
-        start = 0
+        start = shown = 0
         for p in prepared:
-            end = start + len(p.items)
+            end, last_shown = start + len(p.items), shown + p.exposed
             if p.first:
                 own = {name: values[start:end] for name, values in logits.items()}
-                evaluated = self._evaluate(p, own, threshold)
+                evaluated = _evaluated(p, own, new[shown:last_shown], tail[shown:last_shown])
                 self._window.add([evaluated])
-                lines += _journal_lines(p, evaluated)
-            start = end
+                self.evaluated += 1
+                if self._lines:
+                    lines += _journal_lines(p, evaluated)
+            start, shown = end, last_shown
         return lines
 
-    def _evaluate(self, p: Prepared, logits: Mapping[str, Floats], threshold: float) -> Evaluated:
-        # Without pseudo-labels a record does not name the other candidates, so there is nothing to rank among.
-        ranked = len(p.items) > p.exposed
-        clicked = np.flatnonzero(p.example.clicked) if ranked else np.zeros(0, np.int64)
-        return Evaluated(
-            user=p.label.user_id,
-            clicked=p.example.clicked.astype(int).tolist(),
-            logits={name: values[: p.exposed].tolist() for name, values in logits.items()},
-            tail=(self._exposures[p.example.item_row[clicked]] <= threshold).tolist(),
-            ranks={name: ranks(values, clicked.tolist()) for name, values in logits.items()},
+    def _probe(self) -> models.Probe:
+        recent = [p for p in self._recent if p.items]
+        return models.Probe(
+            users=[p.label.user_id for p in recent],
+            items=[p.items[: probe.ITEMS] for p in recent],
+            score=[[None if s != s else s for s in p.example.score[: probe.ITEMS].tolist()] for p in recent],
+            logits=[],
         )
+
+    def _score(self, user: str, items: Sequence[str], score: Floats) -> tuple[Floats, Bools]:
+        content_row = self._catalogue.rows(items)
+        known = content_row >= 0
+        content = self._catalogue.vectors[content_row] * known[:, None]
+        rows = np.fromiter(map(self._items.row, items), np.int64, len(items))
+        return self._learners[MAIN].model.score(self._users.row(user), rows, content, score), known
+
+
+_NO_ROWS = np.zeros(0, np.int64)
+
+
+def _evaluated(p: Prepared, logits: Mapping[str, Floats], new: Bools, tail: Bools) -> Evaluated:
+    m, end = p.exposed, p.exposed + PSEUDO_PAIRS
+    clicked = p.example.clicked > 0
+    # Without pseudo-labels a record does not name the other candidates, so there is nothing to rank among.
+    ranked = np.flatnonzero(clicked) if len(p.items) > m else _NO_ROWS
+    rank = {name: np.zeros(m, np.int32) for name in logits}
+    if len(ranked):
+        for name, values in logits.items():
+            rank[name][ranked] = ranks(values, ranked)
+    return Evaluated(
+        user=p.label.user_id,
+        clicked=clicked,
+        tail=tail,
+        new=new,
+        logits={name: values[:m].copy() for name, values in logits.items()},
+        rank=rank,
+        label=p.example.label[:PSEUDO_PAIRS],
+        pseudo={name: values[m:end].copy() for name, values in logits.items()},
+    )
 
 
 def _journal_lines(p: Prepared, evaluated: Evaluated) -> Iterator[dict[str, Any]]:
     about = {"request_id": p.label.request_id, "user_id": p.label.user_id, "ts": p.label.ts}
-    for i, clicked in enumerate(evaluated.clicked):
-        scores = {name: values[i] for name, values in evaluated.logits.items()}
-        yield {"kind": "score", **about, "item": p.items[i], "clicked": clicked, "score": scores}
-    if evaluated.tail:
-        items = [item for item, clicked in zip(p.items, evaluated.clicked, strict=False) if clicked]
-        for i, item in enumerate(items):
-            rank = {name: values[i] for name, values in evaluated.ranks.items()}
-            tail = evaluated.tail[i]
-            yield {"kind": "rank", **about, "item": item, "tail": tail, "n": len(p.items), "rank": rank}
+    for i, clicked in enumerate(evaluated.clicked.tolist()):
+        scores = {name: float(values[i]) for name, values in evaluated.logits.items()}
+        yield {"kind": "score", **about, "item": p.items[i], "clicked": int(clicked), "score": scores}
+    for i, tail in enumerate(evaluated.tail.tolist()):
+        rank = {name: int(values[i]) for name, values in evaluated.rank.items()}
+        if all(rank.values()):
+            yield {"kind": "rank", **about, "item": p.items[i], "tail": tail, "n": len(p.items), "rank": rank}

@@ -230,6 +230,38 @@ def test_training_goes_on_bit_for_bit_after_a_round_trip(stop, config):
     assert_same_state(whole.state_tensors(), first.state_tensors())
 
 
+def test_a_forgotten_row_is_as_it_was_before_its_first_step_and_others_stay():
+    trained, data = learner(), batches(6)
+    for batch in data:
+        trained.step(batch, content_of())
+    before = trained.state_tensors()
+    trained.forget(users=np.array([2, 5]), items=np.array([7]))
+    after = trained.state_tensors()
+    rows = {"users": [2, 5], "items": [7], "item_bias": [7]}
+    for name, value in before.items():
+        table = name.removeprefix("optimizer.").partition(".")[0]
+        expected = value.clone()
+        if table in rows:
+            assert (expected[rows[table]] != 0).any()
+            expected[rows[table]] = 0
+        assert torch.equal(after[name], expected), name
+    # Rows that have come since the last step have no moments to clear.
+    trained.model.grow(5000, 5000)
+    trained.forget(users=np.array([4999]), items=np.array([4999]))
+    trained.step(data[0], content_of())
+
+
+def test_the_logits_of_a_step_are_those_before_it():
+    trained, data = learner(), batches(3)
+    trained.step(data[0], content_of())
+    trained.model.observe(data[1].score)  # the step does so too, before it scores
+    expected = trained.model(data[1], content_of()).full.detach().numpy()
+    again = learner()
+    again.step(data[0], content_of())
+    again.step(data[1], content_of())
+    np.testing.assert_array_equal(again.logits, expected)
+
+
 def test_a_model_alone_round_trips_and_scores_the_same():
     trained = learner()
     for batch in batches(3):

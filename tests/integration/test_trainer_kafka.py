@@ -1,5 +1,6 @@
 """The trainer and the scorer on the real Apache Kafka: order, recovery from kill -9, and labels to served scores."""
 
+import itertools
 import json
 import multiprocessing
 import random
@@ -27,6 +28,7 @@ from streams.settings import KafkaSettings, Settings, TrainerSettings
 from streams.topics import full_name
 from streams.trainer.checkpoint import Checkpoint, CheckpointStore
 from streams.trainer.loop import run
+from streams.trainer.rebuild import RebuildError, rebuild
 from streams.trainer.source import LabelSource
 from streams.views import vector_bytes
 
@@ -86,15 +88,19 @@ def label(n: int, rng: np.random.Generator, revision: int = 0) -> Label:
 
 
 class Topics:
-    """Writes what the other roles would."""
+    """Writes what the other roles would, and reads what they wrote."""
 
     def __init__(self, kafka: KafkaSettings) -> None:
         self.kafka = kafka
         self.producer = clients.producer(kafka)
         for n in range(ITEMS):
-            item = ItemVector(f"i{n}", vector_bytes(VECTORS[n]), [n], "hash", FRAME.encoder, FRAME.quantiser)
-            self.send("item-vectors", item.item_id, encode(item))
+            self.vector(n, VECTORS[n])
         self.producer.flush()
+
+    def vector(self, n: int, vector: np.ndarray) -> None:
+        unit = (vector / np.linalg.norm(vector)).astype(np.float32)
+        item = ItemVector(f"i{n}", vector_bytes(unit), [n], "hash", FRAME.encoder, FRAME.quantiser)
+        self.send("item-vectors", item.item_id, encode(item))
 
     def send(self, topic: str, key: str, value: bytes | None, headers: Any = (), **where: Any) -> None:
         self.producer.send(full_name(self.kafka, topic), key=key.encode(), value=value, headers=list(headers), **where)
@@ -205,13 +211,13 @@ def final(settings: Settings) -> Checkpoint:
 
 
 @contextmanager
-def running(settings: Settings, health: Health) -> Iterator[None]:
+def running(settings: Settings, health: Health, start_from: str = "latest") -> Iterator[None]:
     """A trainer in a thread, stopped and joined at the end. Raises what it raised."""
     stop, failures = threading.Event(), []
 
     def train() -> None:
         try:
-            run(settings, stop, health, frame=FRAME)
+            run(settings, stop, health, frame=FRAME, start_from=start_from)
         except BaseException as error:
             failures.append(error)
 
@@ -255,76 +261,147 @@ class Trainer:
         assert self.process.exitcode == 0
 
 
-def fill(topics: Topics, count: int) -> dict[str, int]:
-    """A log with redeliveries, corrections and records that are no labels. Returns what of each."""
-    rng = np.random.default_rng(8)
-    bad = [b"{", b'{"request_id": 1}', b"\xff\xfe", encode(label(1, rng)).replace(b'"revision":0', b'"revision":-2')]
-    counts = {"bad": 0, "again": 0, "corrected": 0}
-    sent: list[Label] = []
-    for n in range(count):
-        record = label(n, rng)
-        sent.append(record)
-        topics.label(record)
-        if n % 10 == 3:
-            topics.label(sent[int(rng.integers(len(sent)))])
-            counts["again"] += 1
-        if n % 25 == 7:
-            topics.label(label(n - 5, rng, revision=1))
-            counts["corrected"] += 1
-        if n % 50 == 9:
-            topics.send("labels", f"u{n % USERS}", bad[counts["bad"] % len(bad)])
-            counts["bad"] += 1
-    topics.producer.flush()
-    return counts
+class Producing(threading.Thread):
+    """Labels that come while trainers run, with redeliveries, corrections, records that are no labels, and items whose
+    vectors come late or change. ``counts``: what of each was sent; ``halt`` ends it early."""
+
+    BAD = (b"{", b'{"request_id": 1}', b"\xff\xfe", b"NaN")
+
+    def __init__(self, topics: Topics, count: int) -> None:
+        super().__init__(daemon=True)
+        self.topics, self.count = topics, count
+        self.halt = threading.Event()
+        self.counts = {"bad": 0, "again": 0, "corrected": 0}
+        self.sent = 0
+
+    def run(self) -> None:
+        rng = np.random.default_rng(8)
+        sent: list[Label] = []
+        for n in range(self.count):
+            record = label(n, rng)
+            sent.append(record)
+            self.topics.label(record)
+            if n % 10 == 3:
+                self.topics.label(sent[int(rng.integers(len(sent)))])
+                self.counts["again"] += 1
+            if n % 25 == 7:
+                self.topics.label(label(n - 5, rng, revision=1))
+                self.counts["corrected"] += 1
+            if n % 50 == 9:
+                self.topics.send("labels", f"u{n % USERS}", self.BAD[self.counts["bad"] % len(self.BAD)])
+                self.counts["bad"] += 1
+            if n % 20 == 0:
+                self.topics.vector(n // 20 % ITEMS, rng.normal(size=DIM))
+            if n % 7 == 0:
+                self.topics.producer.flush()
+                self.halt.wait(0.02)
+            self.sent = n + 1
+        self.topics.producer.flush()
+
+    @property
+    def total(self) -> int:
+        return self.count + sum(self.counts.values())
 
 
-def test_kill_9_at_any_moment_trains_each_label_once(topics: Topics, tmp_path: Path) -> None:
-    count = 800
-    counts = fill(topics, count)
-    total = count + sum(counts.values())
-    often = {"checkpoint_every_wall_seconds": 0.1, "publish_every_wall_seconds": 0.3}
+def test_kill_9_at_any_moment_leaves_what_the_log_gives_again(topics: Topics, tmp_path: Path) -> None:
+    settings = settings_of(
+        topics.kafka,
+        tmp_path,
+        checkpoint_every_wall_seconds=0.1,
+        publish_every_wall_seconds=0.3,
+        max_users=USERS - 5,  # ids are let go of and come back
+    )
+    lines = tmp_path / "evaluations.jsonl"
+    producing = Producing(topics, 700)
+    producing.start()
+    rng = random.Random()
+    kills = sorted(rng.sample(range(20, 600), 5))
+    for at in kills:
+        trainer = Trainer(settings, lines)
+        trainer.wait_for(lambda at=at: producing.sent >= at and newest(settings.trainer.checkpoints) > 0)
+        threading.Event().wait(rng.random() * 0.3)
+        trainer.kill()
+    trainer = Trainer(settings, lines)
+    trainer.wait_for(lambda: not producing.is_alive() and saved(settings.trainer.checkpoints) == producing.total)
+    trainer.finish()
 
-    calm_settings = settings_of(topics.kafka, tmp_path / "calm", model_name="calm", **often)
-    calm_journal = tmp_path / "calm.jsonl"
-    calm = Trainer(calm_settings, calm_journal)
-    calm.wait_for(lambda: saved(calm_settings.trainer.checkpoints) == total)
-    calm.finish()
+    # Each request was evaluated, and so trained on, once in what survived.
+    evaluated = [json.loads(line) for line in lines.read_text().splitlines()]
+    shown = [(line["request_id"], line["item"]) for line in evaluated if line["kind"] == "score"]
+    assert len(set(shown)) == len(shown) == 4 * producing.count
+    checkpoint = final(settings)
+    assert sum(checkpoint.positions.values()) == producing.total
 
-    settings = settings_of(topics.kafka, tmp_path / "killed", model_name="killed", **often)
-    journal = tmp_path / "killed.jsonl"
-    # The journal grows between checkpoints too, so a kill at a size of it comes at any moment of the trainer's round.
-    targets = sorted(random.Random().sample(range(1, int(0.95 * calm_journal.stat().st_size)), 5))
-    for target in targets:
-        killed = Trainer(settings, journal)
-        killed.wait_for(lambda target=target: journal.exists() and journal.stat().st_size >= target)
-        killed.kill()
-    killed = Trainer(settings, journal)
-    killed.wait_for(lambda: saved(settings.trainer.checkpoints) == total)
-    killed.finish()
-
-    ours, theirs = final(settings), final(calm_settings)
-    assert ours.step == theirs.step and ours.positions == theirs.positions
-    for part in ("model", "shadow"):
-        assert ours.tensors[part].keys() == theirs.tensors[part].keys()
-        for name, tensor in theirs.tensors[part].items():
-            assert torch.equal(ours.tensors[part][name], tensor), f"killed at {targets}: {part}.{name}"
-    same = journal.read_bytes() == calm_journal.read_bytes()  # pytest's diff of the two takes minutes
-    assert same, f"killed at {targets}: the journals differ"
-    evaluated = [json.loads(line) for line in journal.read_text().splitlines()]
-    assert {line["request_id"] for line in evaluated} == {f"r{n}" for n in range(count)}
-    assert sum(line["kind"] == "score" for line in evaluated) == 4 * count
-
-    # Every bad record has a dead letter with its bytes and origin; both trainers wrote theirs, a killed one may repeat.
+    # Every bad record has a dead letter with its bytes and origin; a killed trainer may repeat one.
     origins = [dict(record.headers) for record in topics.read("dead-letters")]
-    assert len({(at["gpl-partition"], at["gpl-offset"]) for at in origins}) == counts["bad"]
-    assert len(origins) >= 2 * counts["bad"]
+    assert len({(at["gpl-partition"], at["gpl-offset"]) for at in origins}) == producing.counts["bad"]
 
-    versions = [
-        update.version
-        for update in (decode(ModelUpdate, r.value) for r in topics.read("model-updates"))
-        if update.model == "killed"
-    ]
+    announced = [decode(ModelUpdate, r.value) for r in topics.read("model-updates")]
+    versions = [update.version for update in announced]
     assert versions == sorted(set(versions)) and len(versions) >= 2
+    assert sum(announced[-1].source_offsets.values()) == producing.total
+
+    # The last model and one from between kills come out of the log bit for bit, as does what the checkpoint holds.
+    for version in (versions[-1], rng.choice(versions[:-1])):
+        made = rebuild(settings, version, frame=FRAME)
+        assert (made.differing, made.first_difference, made.base) == ([], None, None), f"killed at {kills}: {version}"
+        assert made.steps == int(version[-8:])
+    network = PreRanker(DIM, 8, 0)
+    network.load_state_tensors(checkpoint.tensors["model"])
+    last = models.read(announced[-1].uri, announced[-1].checksum)
+    for name in ("content", "default", "score_moments"):
+        assert torch.equal(network.state_tensors()[name], last.weights[name])
+
+    # From a checkpoint of its history, without the log before it.
+    steps = CheckpointStore(settings.trainer.checkpoints, 3).steps()
+    made = rebuild(settings, versions[-1], base=steps[0], frame=FRAME)
+    assert made.differing == [] and made.base == steps[0] and made.steps == checkpoint.step - steps[0]
+
+
+def test_start_from_goes_back_and_models_of_both_histories_can_be_made_again(topics: Topics, tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    settings = settings_of(
+        topics.kafka,
+        tmp_path,
+        keep_checkpoints=50,
+        publish_min_records=1,
+        shadow=False,
+        checkpoint_every_wall_seconds=0.1,
+    )
+    store = CheckpointStore(settings.trainer.checkpoints, 50)
+
+    sent = itertools.count()
+    total = 0
+
+    def train(count: int, start_from: str = "latest") -> str:
+        """Train on ``count`` more labels; the version published at the end."""
+        nonlocal total
+        total += count
+        for _ in range(count):
+            topics.label(label(next(sent), rng))
+        topics.producer.flush()
+        with running(settings, Health(), start_from):
+            until(lambda: saved(settings.trainer.checkpoints) == total)
+        return decode(ModelUpdate, topics.read("model-updates")[-1].value).version
+
+    first = train(40)
+    middle = store.steps()[-1]
+    written_at = store.manifest(middle).written_at
+    second = train(40)
+    assert store.steps()[-1] > middle
+    third = train(20, f"step-{middle}")
+    fourth = train(20, f"before=ts={written_at}")
+    for version in (first, second, third, fourth):
+        made = rebuild(settings, version, frame=FRAME)
+        assert (made.differing, made.first_difference) == ([], None), version
+    with pytest.raises(RebuildError, match="checkpoint step-"):
+        rebuild(settings, second, base=next(s for s in store.steps() if s > middle), frame=FRAME)
+    with pytest.raises(ValueError, match="manifest"):
+        run(settings, threading.Event(), None, None, FRAME, "step-99999999")
+    anew = train(1, "earliest")
+    assert rebuild(settings, anew, frame=FRAME).differing == []
+    assert models.ModelStore(settings.trainer.models).manifest(anew)[0].records == total
+    assert train(5, "2100-01-01") == anew  # nothing is that new, so nothing was trained on
 
 
 # From labels to served scores
@@ -358,7 +435,7 @@ def test_labels_become_a_served_model_and_bad_ones_dead_letters(topics: Topics, 
     assert sum(last.source_offsets.values()) == 242
     assert last.newest_event_ts == 1239
     assert {"auc", "gauc", "log_loss", "hr10", "model_age_seconds"} <= last.metrics.keys()
-    published = models.read(models.path_of(last.uri), last.checksum)
+    published = models.read(last.uri, last.checksum)
     network = PreRanker(DIM, 8, 0)
     network.load_state_tensors(published.weights)
     items = [f"i{n}" for n in range(ITEMS)]

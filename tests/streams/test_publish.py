@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import uuid
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from prometheus_client import REGISTRY
@@ -16,46 +18,89 @@ from streams import models
 from streams.contracts import ModelUpdate, decode
 from streams.log_view import LogView
 from streams.settings import KafkaSettings, TrainerSettings
-from streams.trainer.publish import Candidate, Publisher, gate
+from streams.trainer.gate import RULES, Feed, gate
+from streams.trainer.publish import Announced, Candidate, Publisher, announce, update_of
 
 SETTINGS = TrainerSettings(publish_min_records=10, publish_max_regression=0.1)
+
+
+FEED = Feed(requests=10, exposures=100, clicks=20, of_one_user=2)
+ASKED = models.Probe(["u1"], [["i1", "i2", "i3", "i4"]], [[0.1, None, 0.3, 0.2]], [])
+
+
+def scores(logits: list[float]) -> Any:
+    """A model that scores whatever it is asked so, and knows i1 to i4."""
+
+    def score(user: str, items: list[str], raw: Any) -> Any:
+        return np.array([logits[int(item[1:]) - 1] for item in items], np.float32), np.ones(len(items), bool)
+
+    return score
 
 
 def candidate(step: int = 3, **changes: Any) -> Candidate:
     whole = Candidate(
         step=step,
+        run=1,
+        records=10 * step,
         weights={"w": torch.arange(6.0).reshape(2, 3), "count": torch.tensor([4])},
         ids=models.Ids(["u1", "ü2"], ["i1"]),
         config={"dim": 3, "dim_content": 8},
         versions={"encoder": "e", "quantiser": "q"},
         positions={1: 7, 0: 5 * step},
-        metrics={"log_loss": 0.5, "auc": 0.7},
+        metrics={"log_loss": 0.5, "auc": 0.7, "click_rate": 0.2},
         evaluated=10,
         newest_event_ts=1000,
         newest_at=1_000_000,
+        feed=lambda newest: FEED,
+        asked=ASKED,
+        score=scores([0.5, 1.5, -1.0, 0.0]),
     )
     return dataclasses.replace(whole, **changes)
 
 
+def judged(
+    changes: dict[str, Any] | None = None, last: dict[str, float] | None = None, moved: dict[str, float] | None = None
+) -> str | None:
+    """Reason of the refusal."""
+    c = candidate(**(changes or {}))
+    refusal = gate(c.weights, c.metrics, c.evaluated, c.feed(10), last or {}, moved or {}, SETTINGS)
+    assert refusal is None or (refusal.reason in RULES and refusal.why)
+    return refusal and refusal.reason
+
+
 def test_the_gate_lets_a_sound_model_through() -> None:
-    assert gate(candidate(), None, SETTINGS) is None
-    assert gate(candidate(), {"log_loss": 0.41}, SETTINGS) is None
-    assert gate(candidate(metrics={}), {"log_loss": 0.41}, SETTINGS) is None  # a window without exposed items
+    assert judged() is None
+    last = {"log_loss": 0.41, "auc": 0.79, "click_rate": 0.1}
+    assert judged(last=last, moved={"finite": 1.0, "psi": 0.9, "agreement": 0.4}) is None
+    assert judged({"metrics": {}}, last) is None  # a window without exposed items
+    quiet = Feed(requests=3, exposures=6, clicks=0, of_one_user=3)
+    assert judged({"feed": lambda newest: quiet}, last) is None  # too few to say anything
 
 
 @pytest.mark.parametrize(
-    ("changes", "last", "reason"),
+    ("changes", "last", "moved", "reason"),
     [
-        ({"weights": {"w": torch.tensor([1.0, float("nan")])}}, None, "not_finite"),
-        ({"weights": {"w": torch.tensor([1.0, float("-inf")])}}, None, "not_finite"),
-        ({"evaluated": 9}, None, "few_records"),
-        ({"metrics": {"log_loss": 0.61}}, {"log_loss": 0.5}, "regression"),
-        ({"metrics": {"log_loss": float("nan")}}, {"log_loss": 0.5}, "regression"),
+        ({"weights": {"w": torch.tensor([1.0, float("nan")])}}, {}, {}, "not_finite"),
+        ({"weights": {"w": torch.tensor([1.0, float("-inf")])}}, {}, {}, "not_finite"),
+        ({}, {}, {"finite": 0.0}, "not_finite"),
+        ({"evaluated": 9}, {}, {}, "few_records"),
+        ({"metrics": {"log_loss": 0.61}}, {"log_loss": 0.5}, {}, "regression"),
+        ({"metrics": {"log_loss": float("nan")}}, {"log_loss": 0.5}, {}, "regression"),
+        ({"metrics": {"auc": 0.59}}, {"auc": 0.7}, {}, "regression"),
+        ({"feed": lambda n: Feed(10, 100, 100, 2)}, {}, {}, "one_class"),
+        ({"feed": lambda n: Feed(10, 100, 0, 2)}, {}, {}, "one_class"),
+        ({"feed": lambda n: Feed(10, 100, 100, 2)}, {"click_rate": 0.2}, {}, "click_rate"),
+        ({"feed": lambda n: Feed(50, 1000, 0, 2)}, {"click_rate": 0.2}, {}, "click_rate"),
+        ({"feed": lambda n: Feed(60, 100, 20, 31)}, {"click_rate": 0.2}, {}, "one_user"),
+        ({}, {}, {"psi": 1.1}, "drift"),
+        ({}, {}, {"psi": float("nan")}, "drift"),
+        ({}, {}, {"psi": 0.1, "agreement": 0.2}, "drift"),
     ],
 )
-def test_the_gate_refuses(changes: dict[str, Any], last: dict[str, float] | None, reason: str) -> None:
-    refusal = gate(candidate(**changes), last, SETTINGS)
-    assert refusal is not None and refusal.reason == reason
+def test_the_gate_refuses(
+    changes: dict[str, Any], last: dict[str, float], moved: dict[str, float], reason: str
+) -> None:
+    assert judged(changes, last, moved) == reason
 
 
 def manifest(version: str = "v000001-00000003") -> models.Manifest:
@@ -73,52 +118,75 @@ def manifest(version: str = "v000001-00000003") -> models.Manifest:
     )
 
 
-def write(tmp_path: Path) -> tuple[Path, str]:
-    return models.write(tmp_path, manifest(), candidate().weights, candidate().ids)
+@pytest.fixture(params=["local", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> models.ModelStore:
+    return models.ModelStore(tmp_path / "a b#c%d ü" if request.param == "local" else f"memory://{uuid.uuid4().hex}/m")
 
 
-def test_a_published_model_reads_back_exactly(tmp_path: Path) -> None:
-    directory, checksum = write(tmp_path)
-    published = models.read(directory, checksum)
-    assert published.ids == candidate().ids
+def test_a_published_model_reads_back_exactly(store: models.ModelStore) -> None:
+    probe = models.Probe(["u1"], [["i1"]], [[None]], [[0.25]])
+    uri, checksum = store.write(manifest(), candidate().weights, candidate().ids, probe)
+    published = models.read(uri, checksum)
+    assert (published.ids, published.probe) == (candidate().ids, probe)
     assert all(torch.equal(published.weights[name], tensor) for name, tensor in candidate().weights.items())
-    assert dataclasses.asdict(candidate())["metrics"]["auc"] == published.manifest.metrics["auc"]
-    assert set(published.manifest.files) == {"model.safetensors", "ids.json"}
+    assert published.manifest.metrics["auc"] == 0.7
+    assert set(published.manifest.files) == {"model.safetensors", "ids.json", "probe.json"}
+    assert update_of(store, manifest().version).checksum == checksum
     with pytest.raises(FileExistsError, match="never changed"):
-        write(tmp_path)
+        store.write(manifest(), candidate().weights, candidate().ids)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "ids.json", "manifest.json"])
-def test_any_changed_or_missing_file_is_noticed(tmp_path: Path, name: str) -> None:
-    directory, checksum = write(tmp_path)
-    data = bytearray((directory / name).read_bytes())
+@pytest.mark.parametrize("name", ["model.safetensors", "ids.json", "probe.json", "manifest.json"])
+def test_any_changed_or_missing_file_is_noticed(store: models.ModelStore, name: str) -> None:
+    uri, checksum = store.write(manifest(), candidate().weights, candidate().ids)
+    file = f"{manifest().version}/{name}"
+    data = bytearray(store.storage.read(file))
     data[-1] ^= 1
-    (directory / name).write_bytes(data)
+    store.storage.put(file, bytes(data))
     with pytest.raises(models.ModelError, match=name):
-        models.read(directory, checksum)
-    (directory / name).unlink()
+        models.read(uri, checksum)
+    store.storage.remove(file)
     with pytest.raises(models.ModelError, match=name):
-        models.read(directory, checksum)
+        models.read(uri, checksum)
 
 
-def test_versions_are_numbered_upwards_whatever_is_on_disk(tmp_path: Path) -> None:
-    assert models.next_number(tmp_path) == 1
+def test_versions_are_numbered_whatever_is_in_storage(store: models.ModelStore) -> None:
+    assert store.versions() == []
     for name in ("v000009-00000001", "v000010-00000000", "v000002-99999999", "vacation", "v12-x"):
-        (tmp_path / name).mkdir()
-    assert models.next_number(tmp_path) == 11
-    assert [path.name[:7] for path in models.versions(tmp_path)] == ["v000010", "v000009", "v000002"]
+        store.storage.put(f"{name}/manifest.json", b"{}")
+    assert [version[:7] for version in store.versions()] == ["v000010", "v000009", "v000002"]
     assert models.number_of(models.version_name(1_234_567, 5)) == 1_234_567
 
 
-@pytest.mark.parametrize("uri", ["https://host/model", "relative/path", "file://other-host/models/v1"])
-def test_only_local_file_uris_are_read(uri: str) -> None:
-    with pytest.raises(models.ModelError, match="uri"):
-        models.path_of(uri)
+@pytest.mark.parametrize("uri", ["nowhere://host/model", "relative/path", "file://other-host/models/v1"])
+def test_uris_that_lead_nowhere_are_model_errors(uri: str) -> None:
+    with pytest.raises(models.ModelError, match=r"uri|nowhere"):
+        models.read(uri, "")
 
 
-def test_uris_survive_odd_names(tmp_path: Path) -> None:
-    odd = tmp_path / "a b#c%d ü"
-    assert models.path_of(odd.as_uri()) == odd
+def test_a_pin_and_refusals_stay(store: models.ModelStore) -> None:
+    assert store.pinned() is None and store.refusals() == [] and not store.accepted()
+    store.pin("v000001-00000003")
+    store.accept()
+    for reason in ("drift", "drift", "click_rate"):
+        store.refuse(reason, f"why {reason}", step=7, at=len(store.refusals()) + 10)
+    again = models.ModelStore(store.storage)
+    pin = again.pinned()
+    assert pin is not None and pin.version == "v000001-00000003"
+    assert [(r.reason, r.times) for r in again.refusals()] == [("drift", 2), ("click_rate", 1)]
+    assert again.accepted()
+    again.clear_acceptance()
+    again.unpin()
+    assert store.pinned() is None and not store.accepted()
+    for n in range(150):
+        store.refuse(f"r{n}", "", n, n)
+    assert len(store.refusals()) == 100 and store.refusals()[-1].reason == "r149"
+
+
+def test_an_unreadable_pin_is_not_taken_for_none(store: models.ModelStore) -> None:
+    store.storage.put("pin.json", b"{")
+    with pytest.raises(models.ModelError, match="pin"):
+        store.pinned()
 
 
 @pytest.fixture
@@ -134,49 +202,131 @@ def announced(kafka: KafkaSettings) -> list[ModelUpdate]:
     return found
 
 
+def own(models_at: Path, **changes: Any) -> TrainerSettings:
+    return SETTINGS.model_copy(update={"models": models_at, **changes})
+
+
+def refusals(reason: str) -> float:
+    return REGISTRY.get_sample_value("gpl_publications_refused_total", {"reason": reason}) or 0.0
+
+
 def test_publication_is_announced_and_continues_after_a_restart(
     kafka_settings: KafkaSettings, producer: Any, tmp_path: Path
 ) -> None:
-    settings = SETTINGS.model_copy(update={"models": tmp_path, "keep_models": 2})
-    publisher = Publisher(kafka_settings, settings, producer, clock=lambda: 1042.5)
-    first = publisher.publish(candidate())
-    assert first is not None and first.version == "v000001-00000003"
-    assert first.source_offsets == {"0": 15, "1": 7}
-    assert first.metrics == {"log_loss": 0.5, "auc": 0.7, "model_age_seconds": 42.5}
-    assert REGISTRY.get_sample_value("gpl_model_age_seconds") == 42.5
-    assert publisher.publish(candidate()) is None  # nothing new
-    assert models.read(models.path_of(first.uri), first.checksum).manifest.version == first.version
+    settings = own(tmp_path, keep_models=2, keep_hourly_models=0)
+    with closing(Publisher(kafka_settings, settings, producer, clock=lambda: 1042.5)) as publisher:
+        first = publisher.publish(candidate())
+        assert first is not None and first.version == "v000001-00000003"
+        assert first.source_offsets == {"0": 15, "1": 7}
+        assert first.metrics == {
+            "log_loss": 0.5,
+            "auc": 0.7,
+            "click_rate": 0.2,
+            "records": 30,
+            "model_age_seconds": 42.5,
+        }
+        assert REGISTRY.get_sample_value("gpl_model_age_seconds") == 42.5
+        assert publisher.publish(candidate()) is None  # nothing new
+        published = models.read(first.uri, first.checksum)
+        assert (published.manifest.version, published.manifest.run) == (first.version, 1)
+        assert published.probe.logits == [[0.5, 1.5, -1.0, 0.0]]
 
     # Another trainer of the same name takes over: same numbering, same memory of what is out.
-    other = Publisher(kafka_settings, settings, producer, clock=lambda: 1042.5)
-    assert other.last == first
-    assert other.publish(candidate()) is None
-    refused = {"reason": "regression"}
-    before = REGISTRY.get_sample_value("gpl_publications_refused_total", refused) or 0.0
-    assert other.publish(candidate(4, metrics={"log_loss": 0.7})) is None
-    assert REGISTRY.get_sample_value("gpl_publications_refused_total", refused) == before + 1
-    second, third = other.publish(candidate(5)), other.publish(candidate(6))
-    assert second is not None and second.version == "v000002-00000005"
-    assert third is not None and announced(kafka_settings) == [first, second, third]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [second.version, third.version]
+    with closing(Publisher(kafka_settings, settings, producer, clock=lambda: 1042.5)) as other:
+        assert other.last == first
+        assert other.publish(candidate()) is None
+        before = refusals("regression"), refusals("drift")
+        assert other.publish(candidate(4, metrics={"log_loss": 0.7})) is None
+        assert REGISTRY.get_sample_value("gpl_publication_blocked") == 1
+        assert other.publish(candidate(4, records=41, score=scores([50, 51, 52, 53]))) is None
+        assert (refusals("regression"), refusals("drift")) == (before[0] + 1, before[1] + 1)
+        assert [(r.reason, r.step) for r in other.store.refusals()] == [("regression", 4), ("drift", 4)]
+        second, third = other.publish(candidate(5)), other.publish(candidate(6))
+        assert second is not None and second.version == "v000002-00000005"
+        assert second.metrics["psi"] == 0 and second.metrics["agreement"] == pytest.approx(1)
+        assert third is not None and announced(kafka_settings) == [first, second, third]
+        assert REGISTRY.get_sample_value("gpl_publication_blocked") == 0
+        assert other.store.versions() == [third.version, second.version]
+
+
+def test_hourly_models_outlive_the_newest(kafka_settings: KafkaSettings, producer: Any, tmp_path: Path) -> None:
+    now = [1_000_000 * 3600.0]
+    settings = own(tmp_path, keep_models=2, keep_hourly_models=2)
+    with closing(Publisher(kafka_settings, settings, producer, clock=lambda: now[0])) as publisher:
+        for step in range(1, 10):
+            assert publisher.publish(candidate(step)) is not None
+            now[0] += 1200
+        # Three an hour: hours 0 to 2. Kept: the newest two, the first of hours 1 and 2.
+        assert [v[:7] for v in publisher.store.versions()] == ["v000009", "v000008", "v000007", "v000004"]
+
+
+def test_a_pin_holds_until_it_is_taken_off_and_outlives_restarts(
+    kafka_settings: KafkaSettings, producer: Any, tmp_path: Path
+) -> None:
+    with closing(Publisher(kafka_settings, own(tmp_path), producer)) as publisher:
+        first = publisher.publish(candidate(1))
+        assert first is not None
+        publisher.store.pin(first.version)
+        assert publisher.publish(candidate(2)) is None
+    with closing(Publisher(kafka_settings, own(tmp_path), producer)) as publisher:
+        assert publisher.publish(candidate(3)) is None
+        # Made and kept, not announced.
+        assert publisher.store.versions() == ["v000003-00000003", "v000002-00000002", first.version]
+        assert announced(kafka_settings) == [first]
+        publisher.store.unpin()
+        fourth = publisher.publish(candidate(4))
+        assert fourth is not None and announced(kafka_settings) == [first, fourth]
+
+
+def test_a_pin_that_comes_between_look_and_announcement_wins(
+    kafka_settings: KafkaSettings, producer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(Publisher(kafka_settings, own(tmp_path), producer)) as publisher:
+        first = publisher.publish(candidate(1))
+        assert first is not None
+        looks: list[models.Pin | None] = []
+
+        def pinned() -> models.Pin | None:
+            looks.append(None if not looks else models.Pin(first.version, 0))
+            return looks[-1]
+
+        monkeypatch.setattr(publisher.store, "pinned", pinned)
+        assert publisher.publish(candidate(2)) is None
+        assert announced(kafka_settings)[-1] == first and publisher.last == first
+
+
+def test_after_a_rollback_the_next_is_compared_with_what_is_in_service(
+    kafka_settings: KafkaSettings, producer: Any, tmp_path: Path
+) -> None:
+    with closing(Publisher(kafka_settings, own(tmp_path), producer)) as publisher:
+        first = publisher.publish(candidate(1))
+        second = publisher.publish(candidate(2, metrics={"log_loss": 0.55}))
+        assert first is not None and second is not None
+        announce(kafka_settings, producer, first)  # as an operator does
+        assert publisher.publish(candidate(3, metrics={"log_loss": 0.63})) is None
+        assert publisher.last == first
+        publisher.store.accept()  # the operator: it is the world that has changed
+        third = publisher.publish(candidate(3, records=31, metrics={"log_loss": 0.63}))
+        assert third is not None and models.number_of(third.version) == 3
+        assert not publisher.store.accepted()
 
 
 def test_another_models_announcements_are_not_mistaken_for_ones_own(
     kafka_settings: KafkaSettings, producer: Any, tmp_path: Path
 ) -> None:
-    theirs = SETTINGS.model_copy(update={"models": tmp_path / "theirs", "model_name": "theirs"})
-    assert Publisher(kafka_settings, theirs, producer).publish(candidate()) is not None
-    mine = SETTINGS.model_copy(update={"models": tmp_path / "mine"})
-    assert Publisher(kafka_settings, mine, producer).last is None
+    with closing(Publisher(kafka_settings, own(tmp_path / "theirs", model_name="theirs"), producer)) as theirs:
+        assert theirs.publish(candidate()) is not None
+    with closing(Announced(kafka_settings, "preranker")) as mine:
+        assert mine.last is None
 
 
 def test_a_number_is_not_used_again_when_the_directory_is_gone(
     kafka_settings: KafkaSettings, producer: Any, tmp_path: Path
 ) -> None:
-    first = Publisher(kafka_settings, SETTINGS.model_copy(update={"models": tmp_path / "a"}), producer)
-    assert first.publish(candidate()) is not None
-    moved = Publisher(kafka_settings, SETTINGS.model_copy(update={"models": tmp_path / "b"}), producer)
-    update = moved.publish(candidate(8))
+    with closing(Publisher(kafka_settings, own(tmp_path / "a"), producer)) as first:
+        assert first.publish(candidate()) is not None
+    with closing(Publisher(kafka_settings, own(tmp_path / "b"), producer)) as moved:
+        update = moved.publish(candidate(8))
     assert update is not None and update.version == "v000002-00000008"
     document = json.loads((models.path_of(update.uri) / "manifest.json").read_text())
     assert document["version"] == update.version and document["published_at"] > 1_600_000_000_000

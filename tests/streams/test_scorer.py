@@ -87,7 +87,7 @@ class World:
             rows = {"users": 3, "items": 8, "item_bias": 8}.get(name)
             values = parameter.data if rows is None else parameter.data[1:rows]
             values += values.new_tensor(rng.normal(size=tuple(values.shape)))
-        number = models.next_number(self.directory)
+        number = 1 + len(models.ModelStore(self.directory).versions())
         manifest = models.Manifest(
             model="preranker",
             version=models.version_name(number, seed),
@@ -100,10 +100,10 @@ class World:
             published_at=0,
             metrics={},
         )
-        directory, checksum = models.write(
-            self.directory, manifest, network.state_tensors(), models.Ids(users, ITEMS[:7])
+        uri, checksum = models.ModelStore(self.directory).write(
+            manifest, network.state_tensors(), models.Ids(users, ITEMS[:7])
         )
-        return network, ModelUpdate("preranker", manifest.version, directory.as_uri(), checksum, {}, 0, {})
+        return network, ModelUpdate("preranker", manifest.version, uri, checksum, {}, 0, {})
 
     def announce(self, update: ModelUpdate) -> None:
         self.write("model-updates", update.model, update)

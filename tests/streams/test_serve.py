@@ -57,8 +57,8 @@ def load_model(scorer: Scorer, directory: Path) -> str:
         metrics={},
     )
     network = PreRanker(4, 2, seed=0)
-    path, checksum = models.write(directory, manifest, network.state_tensors(), models.Ids([], []))
-    update = ModelUpdate("preranker", manifest.version, path.as_uri(), checksum, {}, 0, {})
+    uri, checksum = models.ModelStore(directory).write(manifest, network.state_tensors(), models.Ids([], []))
+    update = ModelUpdate("preranker", manifest.version, uri, checksum, {}, 0, {})
     scorer.handlers["model-updates"](Message("preranker", encode(update)))
     scorer.refresh()
     return manifest.version

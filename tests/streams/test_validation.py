@@ -11,14 +11,14 @@ from streams.trainer.validation import Evaluated, ProgressiveWindow, ranks, tail
 
 
 def test_ties_count_against_the_model() -> None:
-    assert ranks(np.array([0.5, 0.5, 0.5], np.float32), [0, 2]) == [3, 3]
-    assert ranks(np.array([3, 1, 2], np.float32), [0, 1, 2]) == [1, 3, 2]
+    assert ranks(np.array([0.5, 0.5, 0.5], np.float32), np.array([0, 2])).tolist() == [3, 3]
+    assert ranks(np.array([3, 1, 2], np.float32), np.arange(3)).tolist() == [1, 3, 2]
 
 
 @given(st.lists(st.integers(-50, 50), min_size=1, max_size=30))
 def test_a_rank_is_one_more_than_what_scores_higher_when_scores_differ(values: list[int]) -> None:
     scores = np.array(values, np.float32)
-    for i, rank in enumerate(ranks(scores, range(len(values)))):
+    for i, rank in enumerate(ranks(scores, np.arange(len(values))).tolist()):
         higher = sum(v > values[i] for v in values)
         equal = values.count(values[i])
         assert rank == higher + equal
@@ -30,16 +30,43 @@ def test_tail_is_the_less_popular_half() -> None:
     assert tail_threshold(np.zeros(0, np.int64)) == 0.0
 
 
-def record(user: str, clicked: list[int], logits: list[float], tail: list[bool], rank: list[int]) -> Evaluated:
+MODELS = ("gpl", "exposed")
+
+
+def record(
+    user: str,
+    clicked: list[int],
+    logits: list[float],
+    tail: list[bool] | None = None,
+    rank: list[int] | None = None,
+    new: list[bool] | None = None,
+    pseudo: list[tuple[float, float]] = (),  # label, logit
+) -> Evaluated:
+    """``exposed`` scores the other way round. All in the tail, known and unranked unless told."""
+    n, x = len(clicked), np.array(logits, np.float32)
+    ranked = np.array(rank or [0] * n, np.int32)
+    label, unexposed = np.array(pseudo, np.float32).reshape(-1, 2).T
     return Evaluated(
-        user, clicked, {"gpl": logits, "exposed": [-x for x in logits]}, tail, {"gpl": rank, "exposed": rank}
+        user=user,
+        clicked=np.array(clicked, bool),
+        tail=np.array([True] * n if tail is None else tail, bool),
+        new=np.array([False] * n if new is None else new, bool),
+        logits={"gpl": x, "exposed": -x},
+        rank=dict.fromkeys(MODELS, ranked),
+        label=label,
+        pseudo={"gpl": unexposed, "exposed": -unexposed},
     )
 
 
 def test_figures_of_a_small_window() -> None:
-    window = ProgressiveWindow(10)
+    window = ProgressiveWindow(10, MODELS)
     assert window.summary("gpl") == {}
-    window.add([record("u", [1, 0], [2.0, -1.0], [True], [10]), record("v", [0, 1, 0], [1.0, 0.5, 0.0], [False], [11])])
+    window.add(
+        [
+            record("u", [1, 0], [2.0, -1.0], rank=[10, 0]),
+            record("v", [0, 1, 0], [1.0, 0.5, 0.0], [False] * 3, [0, 11, 0]),
+        ]
+    )
     figures = window.summary("gpl")
     # Of the 2 x 3 pairs (click, no click), all but (0.5, 1.0) are in order.
     assert figures["auc"] == pytest.approx(5 / 6)
@@ -53,29 +80,73 @@ def test_figures_of_a_small_window() -> None:
 
 
 def test_figures_that_are_not_defined_are_left_out() -> None:
-    window = ProgressiveWindow(10)
-    window.add([record("u", [0, 0], [0.1, 0.2], [], [])])
+    window = ProgressiveWindow(10, MODELS)
+    window.add([record("u", [0, 0], [0.1, 0.2])])
     figures = window.summary("gpl")
     assert "log_loss" in figures
     assert not {"auc", "gauc", "hr10", "hr10_tail"} & figures.keys()
-    assert window.summary("never trained") == {}
 
 
 def test_the_window_slides_and_is_restored_exactly() -> None:
-    window = ProgressiveWindow(2)
-    wrong, right = record("u", [1, 0], [-1.0, 1.0], [], []), record("u", [1, 0], [1 / 3, -1.0], [], [])
+    window = ProgressiveWindow(2, MODELS)
+    wrong, right = record("u", [1, 0], [-1.0, 1.0]), record("u", [1, 0], [1 / 3, -1.0])
     window.add([wrong, right])
     assert window.summary("gpl")["auc"] == 0.375  # (-1, 1): 0, (-1, -1): a half, (1/3, 1): 0, (1/3, -1): 1
     window.add([right])
     assert len(window) == 2
     assert window.summary("gpl")["auc"] == 1.0
-    other = ProgressiveWindow(2)
+    other = ProgressiveWindow(2, MODELS)
     other.add([wrong])
-    other.restore(window.state())
+    other.restore(*window.state())
+    assert other.slices("exposed") == window.slices("exposed")
     assert other.summary("gpl") == window.summary("gpl")
 
 
 def test_logits_far_from_zero_have_a_finite_loss() -> None:
-    window = ProgressiveWindow(2)
-    window.add([record("u", [1, 0], [-800.0, 800.0], [], [])])
+    window = ProgressiveWindow(2, MODELS)
+    window.add([record("u", [1, 0], [-800.0, 800.0])])
     assert math.isfinite(window.summary("gpl")["log_loss"])
+
+
+def test_figures_by_slice_are_those_of_the_items_in_it() -> None:
+    window = ProgressiveWindow(10, MODELS)
+    window.add(
+        [
+            record("u", [1, 0, 1], [2.0, -1.0, 0.5], tail=[True, True, False], rank=[3, 0, 20], new=[1, 0, 0]),
+            record("v", [0, 1], [0.7, 0.1], tail=[False, True], rank=[0, 9], new=[0, 1]),
+        ]
+    )
+    slices = window.slices("gpl")
+    assert slices["all"]["click_rate"] == pytest.approx(3 / 5)
+    assert slices["tail"]["hr10"] == 1.0 and slices["head"]["hr10"] == 0.0
+    assert slices["tail"]["auc"] == 1.0  # 2.0 and 0.1 against -1.0
+    assert slices["head"]["auc"] == 0.0  # 0.5 against 0.7
+    assert slices["new"]["click_rate"] == 1.0 and "auc" not in slices["new"]
+    assert slices["known"]["hr10"] == 0.0
+    assert "auc" not in slices["pseudo"]
+    assert window.slices("gpl", newest=1)["all"]["click_rate"] == 0.5
+    assert (window.feed(1).exposures, window.feed(1).clicks) == (2, 1)
+    assert (window.feed(9).requests, window.feed(9).of_one_user) == (2, 1)
+
+
+def test_pseudo_figures_are_against_soft_labels() -> None:
+    window = ProgressiveWindow(10, MODELS)
+    window.add([record("u", [0], [0.0], pseudo=[(1.0, 3.0), (0.0, -3.0), (0.5, 0.0)])])
+    figures = window.slices("gpl")["pseudo"]
+    # Pairs weigh label x (1 - other label). In order: (1, 0) 1, (1, .5) .5, (.5, 0) .5; (.5, itself) .25, a half.
+    assert figures["auc"] == pytest.approx((1 + 0.5 + 0.5 + 0.125) / 2.25)
+    assert figures["log_loss"] == pytest.approx((2 * math.log1p(math.exp(-3)) + math.log(2)) / 3, abs=1e-6)
+    assert window.slices("exposed")["pseudo"]["auc"] < 0.1
+
+
+@given(st.lists(st.lists(st.tuples(st.booleans(), st.floats(-4, 4, width=32)), min_size=1, max_size=4), max_size=8))
+def test_a_restored_window_is_the_same_window(requests: list[list[tuple[bool, float]]]) -> None:
+    window = ProgressiveWindow(5, MODELS)
+    for n, pairs in enumerate(requests):
+        window.add([record(f"u{n % 3}", [c for c, _ in pairs], [x for _, x in pairs], pseudo=[(0.3, 0.1)] * (n % 3))])
+    other = ProgressiveWindow(5, MODELS)
+    other.restore(*window.state())
+    assert [other.slices(model) for model in MODELS] == [window.slices(model) for model in MODELS]
+    window.add([record("w", [1], [0.3])])
+    other.add([record("w", [1], [0.3])])
+    assert other.summary("gpl") == window.summary("gpl")
