@@ -23,6 +23,7 @@ from streams.demo.command import demo
 from streams.dlq.command import app as dlq_app
 from streams.fit_command import fit
 from streams.log_view import TopicMissingError
+from streams.replay.command import capture, replay
 from streams.settings import Settings, load
 from streams.topics_command import app as topics_app
 
@@ -40,6 +41,8 @@ app.add_typer(dlq_app, name="dlq")
 app.command()(demo)
 app.command()(validate)
 app.command()(fit)
+app.command()(replay)
+app.command()(capture)
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file; default gpl.toml or GPL_CONFIG.")]
 

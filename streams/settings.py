@@ -25,7 +25,8 @@ from streams.storage import Location
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Defaults are validated too, or a float left out would be the int that stands here, and say another fingerprint.
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class KafkaSettings(Section):

@@ -1,0 +1,207 @@
+"""``gpl replay`` and ``gpl capture``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from streams.settings import Settings, load
+
+if TYPE_CHECKING:  # what replay needs takes a second to import
+    from streams.replay.log import Log
+    from streams.replay.select import Selection, Wanted
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file; default gpl.toml or GPL_CONFIG.")]
+FromOption = Annotated[
+    str | None, typer.Option("--from", help="recalls from this event time on: ISO 8601 (UTC) or milliseconds")
+]
+ToOption = Annotated[str | None, typer.Option("--to", help="recalls before this event time")]
+LastOption = Annotated[
+    str | None, typer.Option("--last", help="the last 90s, 15m, 2h, 1d of event time, counted from the newest recall")
+]
+OffsetsOption = Annotated[
+    str | None, typer.Option("--offsets", help="PARTITION:FIRST-LAST,... or FIRST-LAST for all, of --topic")
+]
+UserOption = Annotated[str | None, typer.Option("--user", help="requests of this user only")]
+TopicOption = Annotated[
+    str, typer.Option("--topic", help="what --offsets count in: recalls, labels, or feedback (what it joined)")
+]
+AheadOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ahead",
+        help="how far an event may be ahead of its Kafka time, which says how far before the range is read; default: "
+        "labels.max_ahead_seconds, beyond which events are refused. Less reads less.",
+    ),
+]
+CaptureOption = Annotated[Path | None, typer.Option("--capture", help="read a capture instead of a broker")]
+_out = Console(highlight=False, soft_wrap=True)
+
+
+def replay(
+    from_: FromOption = None,
+    to: ToOption = None,
+    last: LastOption = None,
+    offsets: OffsetsOption = None,
+    user: UserOption = None,
+    topic: TopicOption = "recalls",
+    execute: Annotated[bool, typer.Option("--execute", help="run it; without, only a preview is shown")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="with the recorded labels: what changed and why")] = False,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="KEY=VALUE, repeatable: replay under another setting, e.g. labels.window_seconds=900"
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="new directory for the labels; default: runs/replay/TIME")
+    ] = None,
+    output_prefix: Annotated[
+        str | None, typer.Option("--output-prefix", help="write to the topic PREFIXlabels of the broker instead")
+    ] = None,
+    no_output: Annotated[bool, typer.Option("--no-output", help="write no labels (only compare)")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
+    html: Annotated[Path | None, typer.Option("--html", help="write the result as one HTML file")] = None,
+    top: Annotated[int, typer.Option("--top", min=1, help="biggest moves that are kept of each cause")] = 20,
+    capture: CaptureOption = None,
+    ahead: AheadOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Label a range of the log again, in a group of its own, and compare with what was recorded."""
+    from streams.replay import execute as running
+    from streams.replay import output, preview, report
+    from streams.replay.run import Setup
+    from streams.replay.select import resolve
+    from streams.replay.whatif import what_if
+
+    with clear_errors():
+        wanted = _wanted(from_, to, last, offsets, user, topic)
+        with open_log(config, capture) as (log, settings, held):
+            asked = what_if(settings, changes or ())
+            ahead_ms = _ahead(ahead, asked.settings)
+            selection = resolve(log, wanted, int(asked.settings.labels.window_seconds * 1000), held)
+            if not execute:
+                setup = Setup.of(asked.settings, log.frame)
+                seen = preview.preview(log, selection, setup, compare, ahead_ms)
+                if as_json:
+                    typer.echo(json.dumps(report.preview_document(seen, selection), indent=2))
+                    return
+                _out.print(Text(report.selection_text(selection)), report.preview_table(seen))
+                _out.print("\nNothing was run. --execute runs it.", style="bold")
+                return
+            outputs: list[output.Output] = []
+            if output_prefix is not None:
+                outputs.append(output.Topic(settings.kafka, output_prefix, len(log.partitions("recalls"))))
+            elif not no_output:
+                default = Path("runs/replay") / f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
+                outputs.append(output.Files(out or default))
+            run = running.execute(log, selection, settings, asked, outputs, compare, ahead_ms, top)
+            if html is not None:
+                html.write_text(report.html(run.document), encoding="utf-8")
+            if as_json:
+                typer.echo(json.dumps(run.document, indent=2))
+                return
+            _out.print(Text(report.selection_text(selection)))
+            _out.print(report.run_table(run, top))
+
+
+def capture(
+    directory: Annotated[Path, typer.Argument(help="new directory for the capture")],
+    from_: FromOption = None,
+    to: ToOption = None,
+    last: LastOption = None,
+    offsets: OffsetsOption = None,
+    user: UserOption = None,
+    topic: TopicOption = "recalls",
+    ahead: AheadOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Save what a range needs as files that `gpl replay --capture` and `gpl explain --capture` read anywhere."""
+    from streams.replay import record, report
+    from streams.replay.run import Replay, Setup
+    from streams.replay.select import resolve
+
+    with clear_errors(), open_log(config, None) as (log, settings, _):
+        wanted = _wanted(from_, to, last, offsets, user, topic)
+        selection = resolve(log, wanted, int(settings.labels.window_seconds * 1000))
+        replay = Replay(log, selection, Setup.of(settings, log.frame), ahead_ms=_ahead(ahead, settings))
+        manifest = record.capture(log, selection, settings, directory, replay)
+        size = sum(path.stat().st_size for path in directory.iterdir())
+        entries = sum(file.entries for file in manifest.files.values())
+        _out.print(Text(report.selection_text(selection)))
+        said = f"{manifest.requests:,} requests, {entries:,} entries, {report.size_text(size)} in {directory}"
+        _out.print(Text(said))
+
+
+def _wanted(
+    from_: str | None, to: str | None, last: str | None, offsets: str | None, user: str | None, topic: str
+) -> Wanted:
+    from streams.replay import select
+
+    if topic not in select.TOPICS:
+        raise typer.BadParameter(f"{topic!r} is none of {', '.join(select.TOPICS)}", param_hint="--topic")
+    if last is not None and from_ is not None:
+        raise typer.BadParameter("--from and --last exclude each other", param_hint="--last")
+    try:
+        return select.Wanted(
+            from_ms=None if from_ is None else select.moment_ms(from_),
+            to_ms=None if to is None else select.moment_ms(to),
+            last_ms=None if last is None else select.duration_ms(last),
+            offsets={} if offsets is None else select.offset_ranges(offsets),
+            user=user,
+            topic=topic,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _ahead(ahead: str | None, settings: Settings) -> int:
+    from streams.replay.select import duration_ms
+
+    try:
+        return int(settings.labels.max_ahead_seconds * 1000) if ahead is None else duration_ms(ahead)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--ahead") from None
+
+
+@contextlib.contextmanager
+def open_log(config: Path | None, capture: Path | None) -> Iterator[tuple[Log, Settings, Selection | None]]:
+    """The log to read, the settings in force for it, and for a capture what it holds."""
+    from streams.frame import Frame
+    from streams.replay.capture import CaptureLog
+    from streams.replay.log import BrokerLog
+
+    if capture is not None:
+        captured = CaptureLog(capture)
+        # Its own settings, unless others are named: a capture replays anywhere.
+        yield captured, captured.settings() if config is None else load(config), captured.selection()
+        return
+    settings = load(config)
+    with BrokerLog(settings.kafka, Frame.load(settings.artefacts)) as log:
+        yield log, settings, None
+
+
+@contextlib.contextmanager
+def clear_errors() -> Iterator[None]:
+    """What a user can put right is one message and exit code 1; anything else keeps its traceback."""
+    from kafka.errors import KafkaError
+
+    from gpl.artefacts import ArtefactsError
+    from streams.log_view import TopicMissingError
+    from streams.replay.log import LogError
+    from streams.replay.whatif import WhatIfError
+
+    try:
+        yield
+    except (LogError, WhatIfError, TopicMissingError, ArtefactsError, KafkaError, OSError) as error:
+        name = "" if str(error) else f"{type(error).__name__} "
+        typer.echo(f"error: {name}{error}", err=True)
+        raise typer.Exit(1) from None
