@@ -12,7 +12,7 @@ from typing import Any
 
 from gpl.anchors.base import AnchorGenerator, load_generator
 from gpl.codes.quantiser import Quantiser, load_quantiser
-from gpl.labels.calibration import NoCalibration, Platt, calibration_from_dict
+from gpl.labels.calibration import Fitted, calibration_from_dict
 from gpl.space import Space
 
 MANIFEST = "manifest.json"
@@ -30,7 +30,7 @@ class Artefacts:
     space: Space
     quantiser: Quantiser
     generator: AnchorGenerator
-    calibration: Platt | NoCalibration
+    calibration: Fitted
     report: dict[str, Any] = field(default_factory=dict)
 
     def save(self, directory: Path) -> None:

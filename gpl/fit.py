@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,8 +24,7 @@ from gpl.codes.quantiser import Quantiser, suggest_codebook_size, suggest_levels
 from gpl.codes.rq_kmeans import ResidualKMeans
 from gpl.codes.rq_vae import ResidualVAE
 from gpl.codes.trie import SidTrie
-from gpl.labels.calibration import NoCalibration, Platt
-from gpl.labels.matching import max_cosine
+from gpl.labels import calibration, labeller
 from gpl.space import PRECOMPUTED, Encoder, Space, raw_vectors
 
 Say = Callable[[str], None]
@@ -47,8 +46,9 @@ class Event(NamedTuple):
 @dataclass(frozen=True)
 class FitOptions:
     """``levels`` and ``codebook_size`` None: chosen from the catalogue. ``history``: most recent positives that anchors
-    are made from. ``calibration_users``: how many users' exposures the calibration is fitted on. ``resume``: directory
-    where the training of a language model keeps its state, to go on after an interruption."""
+    are made from. ``calibration``: its form, fitted on the exposures of ``calibration_users`` users, as ``labelling``
+    scores. ``resume``: directory where the training of a language model keeps its state, to go on after an
+    interruption."""
 
     generator: Literal["small-lm", "history"] = "small-lm"
     quantiser: Literal["rq-kmeans", "rq-vae"] = "rq-kmeans"
@@ -60,7 +60,9 @@ class FitOptions:
     downsample_threshold: float = 1e-3
     exclude_seen: bool = False
     temperature: float = 1.0
+    calibration: calibration.Kind = "platt"
     calibration_users: int = 500
+    labelling: labeller.Config = field(default_factory=labeller.Config)
     resume: Path | None = None
 
 
@@ -93,7 +95,7 @@ def fit(
     generator, unseen = _generator(positives, sids, quantiser, options, seed, warnings, say)
     # A language model scores the later clicks of users that it was trained on too well.
     judged = {user: positives[user] for user in unseen}
-    calibration = _calibration(known, judged, row_of, vectors, sids, generator, quantiser, options, seed, warnings)
+    fitted = _calibration(known, judged, row_of, vectors, sids, generator, quantiser, options, seed, warnings)
     report: dict[str, Any] = {
         "items": len(items),
         "events": len(events),
@@ -108,7 +110,7 @@ def fit(
     }
     for warning in warnings:
         say(f"warning: {warning}")
-    return Artefacts(space, quantiser, generator, calibration, report)
+    return Artefacts(space, quantiser, generator, fitted, report)
 
 
 def fit_quantiser(vectors: NDArray[np.float32], options: FitOptions, seed: int) -> Quantiser:
@@ -194,8 +196,8 @@ def _calibration(
     options: FitOptions,
     seed: int,
     warnings: list[str],
-) -> Platt | NoCalibration:
-    """Platt on exposures after their user's anchors, which are made from the earlier half of the positives."""
+) -> calibration.Fitted:
+    """Fitted on exposures after their user's anchors, which are made from the earlier half of the positives."""
     enough = sorted(user for user, found in positives.items() if len(found.rows) >= 4)
     if len(enough) > options.calibration_users:
         chosen = np.random.default_rng(seed).choice(len(enough), options.calibration_users, replace=False)
@@ -209,7 +211,7 @@ def _calibration(
         past = rows[: bisect.bisect_right(times, cut[user])][-options.history :]
         histories.append(History(sids[past], vectors[past]))
     anchors = {
-        user: anchors_of(beams, centroids, history).vectors
+        user: anchors_of(beams, centroids, history)
         for user, beams, history in zip(
             enough, generator.generate(histories, trie, options.beams), histories, strict=True
         )
@@ -223,7 +225,11 @@ def _calibration(
     for user in enough:
         seen = later.get(user, [])
         if seen and len(anchors[user]):
-            score, _ = max_cosine(anchors[user], vectors[[row_of[event.item_id] for event in seen]])
+            made = anchors[user]
+            prepared = labeller.PreparedAnchors.build(
+                made.vectors, made.logprobs, made.history_factor, quantiser.levels, options.labelling
+            )
+            score, _ = labeller.score(prepared, vectors[[row_of[event.item_id] for event in seen]])
             scores += score.tolist()
             clicks += [int(event.clicked) for event in seen]
     fewest = min(sum(clicks), len(clicks) - sum(clicks))
@@ -231,5 +237,5 @@ def _calibration(
         warnings.append(
             f"{len(clicks)} exposures after their user's anchors, {fewest} of the rarer kind: no calibration"
         )
-        return NoCalibration()
-    return Platt.fit(np.array(scores), np.array(clicks))
+        return calibration.NoCalibration()
+    return calibration.fit_calibration(options.calibration, np.array(scores), np.array(clicks))

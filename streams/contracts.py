@@ -115,17 +115,20 @@ class UserAnchors(Record, frozen=True):
 
 
 class Calibration(Record, frozen=True):
-    """``gpl.calibrations`` (compacted): label = sigmoid(slope * score + intercept), in force from ``ts`` on.
+    """``gpl.calibrations`` (compacted): from the raw score to the label, in force from ``ts`` on.
 
-    ``kind`` "none" maps the cosine linearly to [0, 1]: (1 + score) / 2.
+    ``kind`` "platt": sigmoid(slope * score + intercept); "isotonic": linear between the knots (``scores``, ``labels``),
+    which are parallel and ascending; "none": the cosine linearly to [0, 1], (1 + score) / 2.
     """
 
     version: str
     ts: Millis
-    kind: Literal["platt", "none"]
+    kind: Literal["platt", "isotonic", "none"]
     slope: float = 1.0
     intercept: float = 0.0
     fitted_on: int = 0
+    scores: list[float] = []
+    labels: list[float] = []
 
 
 class Exposed(Record, frozen=True, omit_defaults=False):

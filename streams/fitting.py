@@ -15,6 +15,7 @@ from streams.data.reader import records
 from streams.kafka import producer
 from streams.settings import KafkaSettings, Settings
 from streams.topics import full_name
+from streams.views import labeller_config
 
 Say = Callable[[str], None]
 
@@ -57,6 +58,8 @@ def fit_records(
         exclude_seen=generator.exclude_seen,
         temperature=generator.temperature,
         resume=resume,
+        calibration=settings.calibration.kind,
+        labelling=labeller_config(settings.labels),
     )
     events = exposures(feedback)
     say(f"fitting on {len(catalogue):,} items and {len(events):,} exposures")

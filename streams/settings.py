@@ -81,6 +81,12 @@ class GeneratorSettings(Section):
     temperature: float = Field(1.0, gt=0, description="of a language model's scores; below 1 sharper, above 1 flatter")
 
 
+class CalibrationSettings(Section):
+    kind: Literal["platt", "isotonic", "none"] = Field(
+        "platt", description="form of the map from score to click probability that `gpl fit` fits"
+    )
+
+
 class ProfileSettings(Section):
     min_positives: int = Field(3, ge=1)
     max_positives: int = Field(100, ge=1, description="kept per user, newest first to stay")
@@ -207,6 +213,7 @@ class Settings(BaseSettings):
     profiles: ProfileSettings = ProfileSettings()
     anchors: AnchorSettings = AnchorSettings()
     labels: LabelSettings = LabelSettings()
+    calibration: CalibrationSettings = CalibrationSettings()
     dead_letters: DeadLetterSettings = DeadLetterSettings()
     trainer: TrainerSettings = TrainerSettings()
     serve: ServeSettings = ServeSettings()

@@ -6,12 +6,13 @@ import bisect
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
+import msgspec
 import numpy as np
 import structlog
 from numpy.typing import NDArray
 
 from gpl.catalogue import Catalogue
-from gpl.labels import labeller
+from gpl.labels import calibration, labeller
 from streams.contracts import Calibration, ItemVector, UserAnchors, decode
 from streams.settings import LabelSettings
 
@@ -50,6 +51,16 @@ def prepared_anchors(record: UserAnchors, dim: int, levels: int, config: labelle
         levels,
         config,
     )
+
+
+def calibration_of(record: Calibration | None) -> calibration.Fitted:
+    """The library's calibration for a record; the linear map when none is in force.
+
+    Raises ValueError when its values do not fit its kind.
+    """
+    if record is None:
+        return calibration.NoCalibration()
+    return calibration.calibration_from_dict(msgspec.structs.asdict(record))
 
 
 class CatalogueView:
@@ -174,10 +185,11 @@ class CalibrationView:
 
     def __call__(self, record: Any) -> None:
         if record.value is not None:
-            calibration = decode(Calibration, record.value)
-            self._versions.put(calibration.ts, calibration)
+            found = decode(Calibration, record.value)
+            calibration_of(found)  # one that cannot be applied must not come into force
+            self._versions.put(found.ts, found)
             if self._on_change is not None:
-                self._on_change(calibration.ts)
+                self._on_change(found.ts)
 
     def at(self, ts: int) -> Calibration | None:
         return self._versions.at(ts)

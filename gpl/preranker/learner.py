@@ -47,20 +47,23 @@ class Learner:
         )
         self._tables = torch.optim.SparseAdam([p for _, p in model.tables()], lr=learning_rate)
 
-    def step(self, batch: Batch, content: Floats) -> Loss | None:
+    def step(self, batch: Batch, content: Floats, evidence: float = 1.0) -> Loss | None:
         """Train on one batch; ``content`` (rows, dim_content) is what ``batch.content_row`` points into.
 
-        With a loss on exposed labels only, the unexposed pairs are taken out first, so training equals training on
-        records that never had them. None, and nothing changes, when no pair is left.
+        ``evidence`` in [0, 1] scales lambda (see :mod:`gpl.labels.evidence`); with 0 the step is, bit for bit, one
+        without pseudo-labels. With a loss on exposed labels only, the unexposed pairs are taken out first, so training
+        equals training on records that never had them. None, and nothing changes, when no pair is left.
+        Raises ValueError for evidence outside [0, 1].
         """
-        if self.loss.exposed_only:
+        config = self.loss.scaled(evidence)
+        if config.exposed_only:
             batch = batch.exposed_only()
         if len(batch.request) == 0:
             return None
         self.model.observe(batch.score)
         logits = self.model(batch, content)
         self.logits = logits.full.detach().numpy()
-        loss = joint_loss(logits, batch, self.loss)
+        loss = joint_loss(logits, batch, config)
         loss.total.backward()  # type: ignore[no-untyped-call]
         for _, table in self.model.tables():
             for moment in _MOMENTS:

@@ -30,7 +30,7 @@ negatives 1 alone gave .015 / tail .000 and listwise beside them .005 / tail .00
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -58,6 +58,12 @@ class LossConfig:
             value = getattr(self, name)
             if not (np.isfinite(value) and value >= 0):
                 raise ValueError(f"{name}: {value}, expected a finite number, at least 0")
+
+    def scaled(self, evidence: float) -> LossConfig:
+        """The same with lambda times ``evidence``. Raises ValueError outside [0, 1]."""
+        if not 0 <= evidence <= 1:
+            raise ValueError(f"evidence: {evidence}, expected within [0, 1]")
+        return self if evidence == 1 else replace(self, pseudo_weight=evidence * self.pseudo_weight)
 
     @property
     def exposed_only(self) -> bool:

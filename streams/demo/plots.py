@@ -17,6 +17,7 @@ from streams.contracts import Calibration
 from streams.demo.figures import Curves
 from streams.demo.follow import SCORE_EDGES, Scores
 from streams.demo.summary import Series
+from streams.views import calibration_of
 
 _INK, _GREY, _LINE = "#1c2733", "#66727f", "#d8dee4"
 _GPL, _EXPOSED = "#0b6e99", "#c2703d"
@@ -126,7 +127,8 @@ def calibration(counts: Scores, in_force: list[Calibration]) -> str:
             size = 8 + 60 * shown[enough] / shown.max()
             axes.scatter(middle[enough], rate, s=size, color=_EXPOSED, label="click rate of exposed items", zorder=3)
         if in_force:
-            axes.plot(middle, _calibrated(in_force[-1], middle), color=_GPL, label="pseudo-label")
+            label = calibration_of(in_force[-1]).apply(middle.astype(np.float32))
+            axes.plot(middle, label, color=_GPL, label="pseudo-label")
         axes.set_xlabel("anchor score")
         axes.set_ylim(0, 1)
         _legend(axes)
@@ -137,14 +139,6 @@ def calibration(counts: Scores, in_force: list[Calibration]) -> str:
 def _density(values: NDArray[np.int64]) -> NDArray[np.float64]:
     density: NDArray[np.float64] = values / (values.sum() * np.diff(SCORE_EDGES))
     return density
-
-
-def _calibrated(calibration: Calibration, score: NDArray[np.float64]) -> NDArray[np.float64]:
-    linear = calibration.kind == "none"
-    label: NDArray[np.float64] = (
-        (1 + score) / 2 if linear else 1 / (1 + np.exp(-(calibration.slope * score + calibration.intercept)))
-    )
-    return label
 
 
 def _legend(axes: Axes) -> None:

@@ -12,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpl.labels import labeller
-from gpl.labels.calibration import NoCalibration, Platt
 from streams import contracts
 from streams.labels.code import code_version
 from streams.labels.joiner import Joined
-from streams.views import prepared_anchors
+from streams.views import calibration_of, prepared_anchors
 
 Lookup = Callable[[list[str]], tuple[list[str], NDArray[np.float32]]]
 """ids -> the known among them, in order, and their vectors (n, dim)."""
@@ -120,13 +119,6 @@ def make_label(
             code=versions.code,
         ),
     )
-
-
-def calibration_of(record: contracts.Calibration | None) -> Platt | NoCalibration:
-    """The library's calibration for a record; the linear map when none is in force."""
-    if record is None or record.kind == "none":
-        return NoCalibration()
-    return Platt(record.slope, record.intercept, record.fitted_on)
 
 
 def digest(label: contracts.Label) -> bytes:

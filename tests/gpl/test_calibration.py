@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
-from gpl.labels.calibration import NoCalibration, Platt, calibration_from_dict
+from gpl.labels.calibration import Isotonic, NoCalibration, Platt, calibration_from_dict, fit_calibration
 
 
 def smoothed(clicks):
@@ -85,7 +85,7 @@ def test_constant_scores_give_the_base_rate():
 @settings(deadline=None)
 def test_apply_is_monotone_and_a_probability(slope, intercept, scores):
     ordered = np.sort(np.array(scores, np.float32))
-    for calibration in (Platt(slope, intercept), NoCalibration()):
+    for calibration in (Platt(slope, intercept), Isotonic((-0.5, 0.0, 0.25), (0.1, 0.1, 1.0)), NoCalibration()):
         labels = calibration.apply(ordered)
         assert labels.dtype == np.float32
         assert (np.diff(labels) >= 0).all()
@@ -96,7 +96,47 @@ def test_no_calibration_is_linear():
     assert NoCalibration().apply(np.float32([-1, 0, 0.5, 1])).tolist() == [0, 0.5, 0.75, 1]
 
 
-@pytest.mark.parametrize("calibration", [Platt(3.25, -1.5, 40), Platt(0.1 + 0.2, 1e-17), NoCalibration()])
+def pool_adjacent_violators(targets):
+    """Plain PAVA over targets in order of distinct scores."""
+    blocks = []
+    for value in targets:
+        blocks.append([value, 1])
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (a, m), (b, n) = blocks[-2:]
+            blocks[-2:] = [[(a * m + b * n) / (m + n), m + n]]
+    return np.concatenate([[value] * size for value, size in blocks])
+
+
+@given(n=st.integers(1, 200), slope=st.floats(-8, 8), seed=st.integers(0, 999))
+@settings(max_examples=60, deadline=None)
+def test_isotonic_is_pool_adjacent_violators_on_smoothed_clicks(n, slope, seed):
+    rng = np.random.default_rng(seed)
+    scores = np.unique(rng.uniform(-1, 1, n))
+    clicks = (rng.random(len(scores)) < 1 / (1 + np.exp(-slope * scores))).astype(float)
+    mixed = rng.permutation(len(scores))
+    fit = Isotonic.fit(scores[mixed], clicks[mixed])
+    np.testing.assert_allclose(fit.apply(scores), pool_adjacent_violators(smoothed(clicks)), atol=1e-6)
+    assert fit.fitted_on == len(scores)
+    # Outside the range that was seen, the nearest end.
+    np.testing.assert_array_equal(fit.apply(np.array([-9.0, 9.0])), fit.apply(scores[[0, -1]]))
+
+
+def test_isotonic_follows_a_form_that_platt_cannot():
+    rng = np.random.default_rng(0)
+    scores = rng.uniform(-1, 1, 20_000)
+    chance = np.where(scores > 0.3, 0.6, 0.1)
+    clicks = rng.random(20_000) < chance
+    errors = {
+        kind: np.abs(fit_calibration(kind, scores, clicks).apply(scores) - chance).mean()
+        for kind in ("platt", "isotonic", "none")
+    }
+    assert errors["isotonic"] < 0.02 < errors["platt"] < errors["none"]
+
+
+@pytest.mark.parametrize(
+    "calibration",
+    [Platt(3.25, -1.5, 40), Platt(0.1 + 0.2, 1e-17), Isotonic((-0.1, 0.3), (1 / 3, 0.7), 9), NoCalibration()],
+)
 def test_json_round_trip_is_exact(calibration):
     assert calibration_from_dict(json.loads(json.dumps(calibration.to_dict()))) == calibration
 
@@ -120,5 +160,13 @@ def test_values_are_checked():
         Platt(-1.0, 0.0)
     with pytest.raises(ValueError, match="intercept: inf"):
         Platt(1.0, float("inf"))
-    with pytest.raises(ValueError, match="kind: 'isotonic'"):
-        calibration_from_dict({"kind": "isotonic"})
+    with pytest.raises(ValueError, match="kind: 'beta'"):
+        calibration_from_dict({"kind": "beta"})
+    for scores, labels, named in (
+        ((), (), "labels: 0"),
+        ((0.1, 0.1), (0.1, 0.2), "scores"),
+        ((0.1, 0.2), (0.3, 0.2), "labels"),
+        ((0.1,), (1.5,), "labels"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            Isotonic(scores, labels)

@@ -316,6 +316,24 @@ def test_exposed_only_training_equals_training_on_records_without_unexposed():
     assert_same_state(full.state_tensors(), bare.state_tensors())
 
 
+@pytest.mark.parametrize("negatives", [0.0, 1.0])
+def test_without_evidence_training_equals_training_without_pseudo_labels(negatives):
+    gated = learner(config=LossConfig(pseudo_weight=2.0, negatives_weight=negatives))
+    without = learner(config=LossConfig(pseudo_weight=0.0, negatives_weight=negatives))
+    convinced = learner(config=LossConfig(pseudo_weight=2.0, negatives_weight=negatives))
+    halved = learner(config=LossConfig(pseudo_weight=1.0, negatives_weight=negatives))
+    for batch in batches(6):
+        gated.step(batch, content_of(), evidence=0.0)
+        without.step(batch, content_of())
+        convinced.step(batch, content_of(), evidence=0.5)
+        halved.step(batch, content_of())
+    assert_same_state(gated.state_tensors(), without.state_tensors())
+    assert_same_state(convinced.state_tensors(), halved.state_tensors())
+    assert not torch.equal(gated.model.content, convinced.model.content)
+    with pytest.raises(ValueError, match=r"evidence: 1\.5"):
+        gated.step(batches(1)[0], content_of(), evidence=1.5)
+
+
 def test_a_batch_with_nothing_to_learn_from_changes_nothing():
     trained = learner(config=LossConfig("listwise", 0, 0))
     before = trained.state_tensors()

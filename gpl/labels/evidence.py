@@ -1,0 +1,187 @@
+"""Labels earn their weight: how much the anchor score tells about clicks beyond what user and item tell. (ours)
+
+Per request with clicks and non-clicks among its exposed items,
+
+    r_i = s_i - mean of s of item i over its earlier requests
+    x   = sum_{i clicked} w_i r_i / sum_{i clicked} w_i  -  the same over the non-clicked
+    w_i = n_i / (n_i + 1) * min(q / q_i, C),   q_i = (exposures of i + K q) / (n_i + K)
+
+``s`` is the raw anchor score as of the recall, ``n_i`` in how many earlier requests item i was a candidate, ``q`` the
+share of exposures over all items. Comparing within a request takes out whatever the user, the moment and the request
+add. ``r`` is the score less what it says of the item to anybody (``s`` regressed on items: Frisch and Waugh 1933), so
+that popular items, which are shown and clicked more, cannot pass for personal taste. The mean is not shrunk, as the
+rest would be an item effect; the variance of ``r`` falls with ``1 + 1 / n_i``, and an item that is new says nothing.
+``min(q / q_i, C)`` is a clipped inverse propensity, which lets rarely shown items speak for the many like them.
+With anchors that know nothing of their user ``x`` has the mean 0, whatever the exposure policy.
+
+The sum of x over N requests is judged by a bound that holds at all times at once, since the stream looks after every
+batch (normal mixture, Howard et al. 2021, eq. 14), on variance V clustered by user, as one user's anchors serve many
+requests; x in units of the standard deviation of r:
+
+    low    = mean(x) - sqrt(2 (V + rho) log(sqrt((V + rho) / rho) / (2 alpha) + 1)) / N
+    weight = min(1, max(0, low) / full_effect)
+
+so no evidence gives exactly 0, and more than ``full_effect`` for certain gives 1. ``Phi(effect / sqrt 2)`` is the
+probability that a clicked item stands above a non-clicked one, for scores of normal distribution.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from gpl.labels.matching import Floats, Ints
+
+Array = npt.NDArray[np.float64]
+
+_SHRINKAGE = 5.0  # K: candidacies of an average item that an item's own propensity is mixed with
+_CLIP = 10.0  # C
+_RHO = 40.0  # the bound is tightest at some 300 requests
+_MIN_SPREAD = 1e-5  # scores are recorded with six digits; an item's score that varies less is the same for everybody
+_MIN_USERS = 30  # fewer clusters have no usable variance
+
+
+@dataclass(frozen=True)
+class EvidenceConfig:
+    """``alpha``: chance that useless anchors ever get a weight. ``full_effect``: standard deviations by which clicked
+    items must for certain stand above non-clicked ones for the weight 1. ``half_life``: requests after which evidence
+    counts half. ``item_buckets``, ``user_buckets``: rows modulo these share their counts, so memory is bounded."""
+
+    alpha: float = 0.05
+    full_effect: float = 0.25
+    half_life: float = 100_000.0
+    item_buckets: int = 65_536
+    user_buckets: int = 8_192
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha < 1:
+            raise ValueError(f"alpha: {self.alpha}, expected within (0, 1)")
+        for name in ("full_effect", "half_life", "item_buckets", "user_buckets"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: {getattr(self, name)}, expected a positive number")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """``effect``: mean of x, in standard deviations; ``low``: its lower bound, -inf while there is too little data;
+    ``weight`` in [0, 1]. ``requests``: that could be judged, discounted by age; ``users``: clusters among them."""
+
+    effect: float
+    low: float
+    weight: float
+    requests: float
+    users: int
+
+    @property
+    def concordance(self) -> float:
+        """``Phi(effect / sqrt 2)``: .5 means that the score tells nothing."""
+        return 0.5 * (1.0 + math.erf(self.effect / 2.0))
+
+
+class Evidence:
+    """Accumulates over requests in the order in which they come. Deterministic; its state is a few arrays."""
+
+    def __init__(self, config: EvidenceConfig | None = None) -> None:
+        self.config = config or EvidenceConfig()
+        # Columns: candidacies, exposures, sum of scores.
+        self._items: Array = np.zeros((self.config.item_buckets, 3))
+        # Columns: requests judged, sum of x.
+        self._users: Array = np.zeros((self.config.user_buckets, 2))
+        self._total: Array = np.zeros(3)  # the same columns over all items
+        # Number of exposed residuals and the sum of their squares.
+        self._residuals: Array = np.zeros(2)
+
+    def observe(
+        self,
+        user_row: Ints,
+        item_row: Ints,
+        request: Ints,
+        score: Floats,
+        exposed: npt.NDArray[np.bool_],
+        clicked: Floats,
+    ) -> None:
+        """Take in R requests with P pairs: ``user_row`` (R,), all others (P,), ``request`` indexes ``user_row``.
+
+        ``clicked`` is 0 or 1 where exposed; pairs without a score (NaN) are passed over. Each request is judged with
+        what earlier calls told of its items, then all are added to it.
+        """
+        known = ~np.isnan(score)
+        request, shown = request[known], exposed[known]
+        s = score[known].astype(np.float64)
+        item = item_row[known] % self.config.item_buckets
+        self._judge(user_row % self.config.user_buckets, item, request, s, shown, clicked[known] > 0)
+        np.add.at(self._items, item, np.stack([np.ones(len(s)), shown, s], axis=1))
+        self._total += np.array([len(s), np.count_nonzero(shown), s.sum()])
+
+    def read(self) -> Reading:
+        """What the evidence says now."""
+        count, total = self._users.sum(axis=0)
+        users = int(np.count_nonzero(self._users[:, 0]))
+        spread = math.sqrt(self._residuals[1] / self._residuals[0]) if self._residuals[0] else 0.0
+        if spread < _MIN_SPREAD or count == 0:
+            return Reading(0.0, -math.inf, 0.0, float(count), users)
+        mean = total / count
+        variance = float(((self._users[:, 1] - mean * self._users[:, 0]) ** 2).sum()) / spread**2
+        bound = (variance + _RHO) / _RHO
+        radius = math.sqrt(2 * _RHO * bound * math.log(math.sqrt(bound) / (2 * self.config.alpha) + 1)) / count
+        effect = float(mean / spread)
+        low = effect - radius if users >= _MIN_USERS else -math.inf
+        return Reading(effect, low, min(1.0, max(0.0, low) / self.config.full_effect), float(count), users)
+
+    def merge(self, other: Evidence) -> None:
+        """Add what another has seen. Raises ValueError when the two are configured differently."""
+        if other.config != self.config:
+            raise ValueError(f"config: {other.config}, expected {self.config}")
+        for name, array in self.state_arrays().items():
+            array += other.state_arrays()[name]
+
+    def state_arrays(self) -> dict[str, Array]:
+        """All state, float64, by name; not copies. Most of it is zeros where there are few items and users."""
+        return {"items": self._items, "total": self._total, "users": self._users, "residuals": self._residuals}
+
+    def load_state_arrays(self, state: Mapping[str, npt.NDArray[np.floating]]) -> None:
+        """The inverse of :meth:`state_arrays`. Raises ValueError naming an array that is missing or misshapen."""
+        mine = self.state_arrays()
+        for name, array in mine.items():
+            if name not in state:
+                raise ValueError(f"{name}: missing from the state")
+            if state[name].shape != array.shape:
+                raise ValueError(f"{name}: shape {state[name].shape}, expected {array.shape}")
+        for name, array in mine.items():
+            array[:] = state[name]
+
+    def _judge(
+        self,
+        user: Ints,
+        item: Ints,
+        request: Ints,
+        score: Array,
+        shown: npt.NDArray[np.bool_],
+        clicked: npt.NDArray[np.bool_],
+    ) -> None:
+        shown = shown & (self._items[item, 0] > 0)
+        item, request, score, clicked = item[shown], request[shown], score[shown], clicked[shown]
+        seen, exposures, sums = self._items[item].T
+        total, all_exposures, _ = self._total
+        rate = (all_exposures + 1.0) / (total + 1.0)
+        residual = score - sums / seen
+        propensity = (exposures + _SHRINKAGE * rate) / (seen + _SHRINKAGE)
+        weight = seen / (seen + 1.0) * np.minimum(rate / propensity, _CLIP)
+        sides = []
+        for side in (clicked, ~clicked):
+            mass = np.bincount(request[side], weight[side], minlength=len(user))
+            moment = np.bincount(request[side], (weight * residual)[side], minlength=len(user))
+            sides.append((mass, moment))
+        (mass_clicked, clicks), (mass_other, others) = sides
+        judged = np.flatnonzero((mass_clicked > 0) & (mass_other > 0))
+        x = clicks[judged] / mass_clicked[judged] - others[judged] / mass_other[judged]
+        keep = 0.5 ** (len(judged) / self.config.half_life)
+        self._users *= keep
+        self._residuals *= keep
+        self._users[:, 0] += np.bincount(user[judged], minlength=len(self._users))
+        self._users[:, 1] += np.bincount(user[judged], x, minlength=len(self._users))
+        self._residuals += np.array([len(residual), (residual**2).sum()])
