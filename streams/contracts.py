@@ -84,7 +84,8 @@ class AnchorRequest(Record, frozen=True):
     """``gpl.anchor-requests``: the anchors of a user are wanted as of ``ts``.
 
     ``sequence`` counts a user's requests from 1 and becomes the anchors' version.
-    ``positives`` are the recent positively met items, oldest first, up to and including ``ts``.
+    ``positives`` are the recent positively met items, oldest first, up to and including ``ts``. ``miss``: mean anchor
+    miss of the newest of them, null where there are no anchors to miss; with the reason it says how needy the user is.
     """
 
     user_id: Id
@@ -92,6 +93,7 @@ class AnchorRequest(Record, frozen=True):
     sequence: int
     reason: Literal["cold", "drift", "stale", "version"]
     positives: list[Id]
+    miss: float | None = None
 
 
 class UserAnchors(Record, frozen=True):

@@ -35,6 +35,23 @@ CONSUMER_LAG = Gauge("gpl_consumer_lag", "Records behind the end of a partition"
 ANCHOR_REQUESTS = Counter("gpl_anchor_requests_total", "Anchor refreshes asked for", ["reason"])
 ANCHORS_REFRESHED = Counter("gpl_anchors_refreshed_total", "Anchor refreshes published", ["reason"])
 ANCHOR_SECONDS = Histogram("gpl_anchor_generation_seconds", "Generating one batch of anchors", buckets=_DELAYS)
+ANCHOR_REQUESTS_WAITING = Gauge("gpl_anchor_requests_waiting", "Anchor requests that wait for the generator")
+ANCHOR_REQUEST_OLDEST = Gauge("gpl_anchor_request_oldest_seconds", "How long the longest waiting request has waited")
+ANCHOR_REQUESTS_DEFERRED = Counter(
+    "gpl_anchor_requests_deferred_total", "Anchor requests that found the budget spent or the breaker open", ["why"]
+)
+ANCHOR_REQUESTS_DROPPED = Counter(
+    "gpl_anchor_requests_dropped_total", "Anchor requests that needed no answer of their own", ["why"]
+)
+ANCHOR_FAILURES = Counter("gpl_anchor_failures_total", "Batches that the generator failed or was slow with", ["kind"])
+ANCHOR_BREAKER = Gauge(
+    "gpl_anchor_breaker_state", "Circuit breaker around the generator: 0 closed, 1 half open, 2 open"
+)
+ANCHOR_AGE = Histogram(
+    "gpl_anchor_age_seconds",
+    "Event time from a user's anchors to the request that they label",
+    buckets=(60, 600, 3600, 4 * 3600, 12 * 3600, 86400, 3 * 86400, 7 * 86400, 14 * 86400, 30 * 86400),
+)
 LATE_POSITIVES = Counter("gpl_late_positives_total", "Clicks behind the profile's cursor, not applied")
 
 # Labels.

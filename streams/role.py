@@ -17,6 +17,7 @@ from faust.types import TP
 from streams import metrics
 from streams.dead_letters import Guard, Halted, Original, Refused
 from streams.faust_app import REFUSALS, OrderedAcks, Publisher, make_app, raw_topic
+from streams.log_view import Handler, LogView
 from streams.settings import Settings
 from streams.topics import full_name
 
@@ -73,6 +74,9 @@ class Role(Generic[P]):
         self.publisher = Publisher(self.app, settings.kafka, on_failure)
         self.guard = Guard(settings.dead_letters)
         self.halted = False
+        self.state_ready = False
+        """The state topics have been read to what was their end when the partitions were assigned."""
+        self._state: LogView | None = None
         self.partitions: dict[int, P] = {}
         self._on_failure = on_failure
         self._sources = {full_name(settings.kafka, source): source for source in sources}
@@ -82,6 +86,9 @@ class Role(Generic[P]):
         self.app.on_partitions_revoked.connect(self._revoked, weak=False)
         self.app.on_partitions_assigned.connect(self._assigned, weak=False)
 
+    own_state: tuple[str, ...] = ()
+    """State topics that only this role writes: once they are read, what comes on them is known here already."""
+
     # --- what a role defines ------------------------------------------------------------------------------------
 
     def new_partition(self, now: float) -> P:
@@ -90,6 +97,10 @@ class Role(Generic[P]):
 
     def assigned(self, numbers: list[int]) -> None:
         """The role now owns these partitions; their state is fresh."""
+
+    def state_handlers(self) -> dict[str, Handler]:
+        """State topic -> handler of its records in the partitions just assigned. None by default."""
+        return {}
 
     def ready(self) -> bool:
         """Whether what the role needs from elsewhere is loaded."""
@@ -141,6 +152,7 @@ class Role(Generic[P]):
     async def stop(self) -> None:
         """Leave the group. What is unacknowledged is read again by the next owner."""
         self._stopped = True
+        self._forget_state()
         for partition in self.partitions.values():
             async with partition.lock:
                 partition.revoke()
@@ -164,6 +176,7 @@ class Role(Generic[P]):
         for partition in self.partitions.values():
             partition.revoke()
         self.partitions = {}
+        self._forget_state()
 
     def _assigned(self, _app: Any, assigned: Iterable[Any], **__: Any) -> None:
         self._revoked()
@@ -172,6 +185,30 @@ class Role(Generic[P]):
         self.guard = Guard(self.settings.dead_letters)  # what was not acknowledged is counted anew
         self.partitions = {number: self.new_partition(now) for number in numbers}
         self.assigned(numbers)
+        if handlers := self.state_handlers():
+            self.spawn(self._follow_state(handlers, numbers))
+
+    def _forget_state(self) -> None:
+        self.state_ready = False
+        if self._state is not None:
+            self._state.stop()
+            self._state = None
+
+    async def _follow_state(self, handlers: dict[str, Handler], numbers: list[int]) -> None:
+        partitions = self.partitions
+        state = await asyncio.to_thread(LogView, self.settings.kafka, handlers, numbers)
+        if self.partitions is not partitions or self._stopped:  # another rebalance came first
+            state.close()
+            return
+
+        async def known() -> None:
+            if state.ready and state is self._state and not self.state_ready:
+                for topic in self.own_state:
+                    state.drop(topic)
+                self.state_ready = True
+
+        self._state = state
+        await state.follow(known)
 
     async def _agent(self, stream: Any) -> None:
         async for event in stream.noack().events():

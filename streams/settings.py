@@ -104,7 +104,15 @@ class ProfileSettings(Section):
 
 class AnchorSettings(Section):
     batch_size: int = Field(64, ge=1)
-    batch_wait_wall_seconds: float = Field(0.05, ge=0)
+    batch_wait_wall_seconds: float = Field(0.05, gt=0)
+    refreshes_per_minute: int = Field(
+        0, ge=0, description="budget of a worker; what is over it waits, the neediest first to be served; 0: no bound"
+    )
+    breaker_failures: int = Field(
+        3, ge=1, description="failed or slow batches in a row that stop calls of the generator"
+    )
+    breaker_open_wall_seconds: float = Field(30, gt=0, description="until one request tries whether it works again")
+    slow_wall_seconds: float = Field(20, gt=0, description="a batch that takes longer counts as failed; it is used")
 
 
 class LabelSettings(Section):

@@ -17,7 +17,7 @@ from streams.kafka import RecordTooLargeError
 from streams.labels import published
 from streams.labels.joiner import Joined, Joiner, Source
 from streams.labels.record import AnchorSet, Lookup, Versions, anchor_set, corrected, digest, make_label
-from streams.log_view import LogView
+from streams.log_view import Handler
 from streams.role import PartitionState, Role
 from streams.settings import LabelSettings, Settings
 from streams.topics import full_name
@@ -106,7 +106,6 @@ class LabelsRole(Role[Partition]):
         self._config = labeller_config(labels)
         self._idle_timeout = labels.idle_timeout_wall_seconds or labels.window_seconds + labels.allowed_lateness_seconds
         self._anchors: AnchorsView[AnchorSet] = AnchorsView(self._prepare)
-        self._anchors_log: LogView | None = None
         self._anchors_forgotten = 0.0
         self._anchors_kept_ms = int((labels.window_seconds + labels.retention_seconds + 86_400) * 1000)
         self.calibrations = CalibrationView(self._calibration_changed)
@@ -116,27 +115,13 @@ class LabelsRole(Role[Partition]):
         return Partition(self._labels, now)
 
     def assigned(self, numbers: list[int]) -> None:
-        if self._anchors_log is not None:
-            self._anchors_log.stop()
-            self._anchors_log = None
         self._anchors = AnchorsView(self._prepare, self._anchors_changed)
-        self.spawn(self._follow_anchors(self._anchors, numbers))
 
-    async def stop(self) -> None:
-        if self._anchors_log is not None:
-            self._anchors_log.stop()
-        await super().stop()
+    def state_handlers(self) -> dict[str, Handler]:
+        return {"user-anchors": self._anchors}
 
     def ready(self) -> bool:
-        return self._catalogue_ready() and self._anchors_log is not None and self._anchors_log.ready
-
-    async def _follow_anchors(self, view: AnchorsView[AnchorSet], partitions: list[int]) -> None:
-        log = await asyncio.to_thread(LogView, self.settings.kafka, {"user-anchors": view}, partitions)
-        if view is not self._anchors:  # another rebalance came first
-            log.close()
-            return
-        self._anchors_log = log
-        await log.follow()
+        return self._catalogue_ready() and self.state_ready
 
     def _prepare(self, record: UserAnchors) -> AnchorSet:
         return anchor_set(record, self._dim, self._levels, self._config)
@@ -284,6 +269,8 @@ class LabelsRole(Role[Partition]):
             metrics.REQUESTS_CLOSED.labels(label.outcome).inc()
         else:
             metrics.CORRECTIONS.labels(cause or "restart").inc()
+        if anchors is not None:
+            metrics.ANCHOR_AGE.observe((recall.ts - anchors.ts) / 1000)
         metrics.LABELS.labels("exposed").inc(len(label.exposed.item))
         metrics.LABELS.labels("unexposed").inc(len(label.unexposed.item))
         metrics.UNKNOWN_CANDIDATES.inc(label.provenance.unknown)

@@ -17,7 +17,7 @@ import msgspec
 
 from streams import metrics
 from streams.contracts import AnchorRequest, Feedback, UserAnchors, decode, encode
-from streams.log_view import LogView
+from streams.log_view import Handler
 from streams.profiles.state import (
     AnchorsInForce,
     Positive,
@@ -65,6 +65,7 @@ class ProfilesRole(Role[Partition]):
     """
 
     writes_dead_letters = False
+    own_state = ("profiles",)
 
     def __init__(
         self,
@@ -83,28 +84,16 @@ class ProfilesRole(Role[Partition]):
         self._catalogue_ready = catalogue_ready
         profiles = settings.profiles
         self._idle_timeout = profiles.idle_timeout_wall_seconds or max(1.0, profiles.allowed_lateness_seconds)
-        self._loading: LogView | None = None
-        # Set once all state is loaded.
-        self._state_log: LogView | None = None
 
     def new_partition(self, now: float) -> Partition:
         return Partition(self.settings, now)
 
-    def assigned(self, numbers: list[int]) -> None:
-        if self._loading is not None:
-            self._loading.stop()
-        self._loading = self._state_log = None
-        self.spawn(self._follow_state(self.partitions, numbers))
-
-    async def stop(self) -> None:
-        if self._loading is not None:
-            self._loading.stop()
-        await super().stop()
-
     def ready(self) -> bool:
-        return self._catalogue_ready() and self._state_log is not None
+        return self._catalogue_ready() and self.state_ready
 
-    async def _follow_state(self, partitions: dict[int, Partition], numbers: list[int]) -> None:
+    def state_handlers(self) -> dict[str, Handler]:
+        partitions = self.partitions
+
         def profile_read(record: Any) -> None:
             if record.value is not None:
                 profile = decode(Profile, record.value)
@@ -116,7 +105,7 @@ class ProfilesRole(Role[Partition]):
             anchors = decode(UserAnchors, record.value)
             partition = partitions[record.partition]
             known = partition.anchors.get(anchors.user_id)
-            if known is None or anchors.version >= known.version:
+            if known is None or (anchors.ts, anchors.version) >= (known.ts, known.version):
                 partition.anchors[anchors.user_id] = AnchorsInForce(
                     version=anchors.version,
                     ts=anchors.ts,
@@ -125,20 +114,7 @@ class ProfilesRole(Role[Partition]):
                 )
                 partition.answered.add(anchors.user_id)
 
-        handlers = {"profiles": profile_read, "user-anchors": anchors_read}
-        log = await asyncio.to_thread(LogView, self.settings.kafka, handlers, numbers)
-        if self.partitions is not partitions:  # another rebalance came first
-            log.close()
-            return
-
-        async def own_state_is_known() -> None:
-            # Once warm, what comes on this topic is what this worker writes itself.
-            if self._state_log is None and log.ready:
-                log.drop("profiles")
-                self._state_log = log
-
-        self._loading = log
-        await log.follow(own_state_is_known)
+        return {"profiles": profile_read, "user-anchors": anchors_read}
 
     async def take(self, number: int, partition: Partition, source: str, message: Any) -> None:
         feedback = decode(Feedback, message.value or b"")

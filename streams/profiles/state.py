@@ -97,7 +97,9 @@ def advance(
     while tested < len(profile.positives) and not profile.pending:
         positive = profile.positives[tested]
         tested += 1
-        drift = _observe(drift, anchors, vector_of(positive.item_id), settings.drift_delta)
+        miss = _miss(anchors, vector_of(positive.item_id))
+        if miss is not None:
+            drift = drift.update(miss, settings.drift_delta)
         reason = _reason(profile, positive.ts, tested, anchors, versions, drift, settings)
         if reason is not None:
             sequence = profile.sequence + 1
@@ -107,6 +109,7 @@ def advance(
                 sequence=sequence,
                 reason=reason,
                 positives=[p.item_id for p in profile.positives[max(0, tested - history) : tested]],
+                miss=_mean_miss(profile.positives[max(0, tested - MIN_DRIFT_VALUES) : tested], anchors, vector_of),
             )
             profile = msgspec.structs.replace(
                 profile, drift=drift, tested=tested, sequence=sequence, pending=True, requested_ts=positive.ts
@@ -115,11 +118,16 @@ def advance(
     return msgspec.structs.replace(profile, drift=drift, tested=tested), None
 
 
-def _observe(drift: PageHinkley, anchors: AnchorsInForce | None, click: Vector | None, delta: float) -> PageHinkley:
+def _miss(anchors: AnchorsInForce | None, click: Vector | None) -> float | None:
+    """The anchor miss of a click: 1 - max_k cos(click, a_k), in [0, 2]."""
     if anchors is None or click is None or len(anchors.vectors) == 0:
-        return drift
-    # The anchor miss of method.md: 1 - max_k cos(click, a_k).
-    return drift.update(1.0 - float((anchors.vectors @ click).max()), delta)
+        return None
+    return 1.0 - float((anchors.vectors @ click).max())
+
+
+def _mean_miss(positives: tuple[Positive, ...], anchors: AnchorsInForce | None, vector_of: VectorOf) -> float | None:
+    misses = [miss for p in positives if (miss := _miss(anchors, vector_of(p.item_id))) is not None]
+    return round(sum(misses) / len(misses), 6) if misses else None
 
 
 def _reason(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import msgspec
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+from river import drift as river_drift
 
 from streams.contracts import AnchorRequest
 from streams.profiles.drift import PageHinkley
@@ -130,17 +132,26 @@ def test_requests_do_not_depend_on_when_answers_arrive(items, seed):
     assert run(lambda: False) == run(lambda: order.random() < 0.8)
 
 
-@given(st.lists(st.floats(0, 2), min_size=1, max_size=60), st.floats(0, 0.2))
-def test_page_hinkley_is_its_definition(values, delta):
-    state = PageHinkley()
+@given(
+    st.lists(st.floats(0, 2), min_size=1, max_size=60),
+    st.floats(0, 0.2),
+    st.floats(0.01, 2),
+    st.integers(1, 10),
+)
+def test_page_hinkley_alarms_where_river_does(values, delta, threshold, min_values):
+    """Against river's implementation, value by value, up to and including its first alarm."""
+    theirs = river_drift.PageHinkley(min_values, delta, threshold, alpha=1.0, mode="up")
+    ours = PageHinkley()
     for value in values:
-        state = state.update(value, delta)
-    sums, total = [0.0], 0.0
-    for n in range(1, len(values) + 1):
-        total += values[n - 1] - float(np.mean(values[:n])) - delta
-        sums.append(total)
-    assert state.n == len(values)
-    assert abs((state.cumulative - state.minimum) - (sums[-1] - min(sums))) < 1e-9
+        theirs.update(value)
+        ours = ours.update(value, delta)
+        rise = theirs._sum_increase - theirs._min_increase
+        assert math.isclose(ours.cumulative - ours.minimum, rise, rel_tol=1e-9, abs_tol=1e-9)
+        assert ours.n == theirs._x_mean.n
+        if abs(rise - threshold) > 1e-9:  # the two sum in different orders
+            assert ours.alarm(threshold, min_values) == theirs.drift_detected
+        if theirs.drift_detected:
+            return  # river starts anew then, as a profile does once its request is answered
 
 
 def test_page_hinkley_alarms_on_a_rise_only():
