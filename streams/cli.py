@@ -26,6 +26,7 @@ from streams.log_view import TopicMissingError
 from streams.replay.command import capture, replay
 from streams.settings import Settings, load
 from streams.topics_command import app as topics_app
+from streams.trainer.command import app as models_app
 
 app = typer.Typer(
     name="gpl",
@@ -36,6 +37,7 @@ app = typer.Typer(
 config_app = typer.Typer(help="The configuration in force.", no_args_is_help=True)
 app.add_typer(broker_app, name="broker")
 app.add_typer(topics_app, name="topics")
+app.add_typer(models_app, name="models")
 app.add_typer(config_app, name="config")
 app.add_typer(dlq_app, name="dlq")
 app.command()(demo)
