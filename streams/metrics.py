@@ -82,6 +82,14 @@ PSEUDO_LABEL_GAIN = Gauge(
     "Progressive figures of the model less those of its twin on exposed labels only",
     ["metric"],
 )
+LABEL_EVIDENCE_WEIGHT = Gauge(
+    "gpl_label_evidence_weight", "What evidence lets through of lambda: 0 trains without pseudo-labels, 1 as configured"
+)
+LABEL_EVIDENCE_EFFECT = Gauge(
+    "gpl_label_evidence_effect",
+    "Standard deviations of anchor score by which clicked items stand above others, and its lower confidence bound",
+    ["bound"],
+)
 PROGRESSIVE_SLICE = Gauge(
     "gpl_progressive_slice",
     "Progressive validation by slice: all, head, tail, new, known; pseudo: against the pseudo-labels",

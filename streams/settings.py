@@ -157,6 +157,7 @@ class TrainerSettings(Section):
     pseudo_weight: float = Field(
         1.0, ge=0, description="lambda, the weight of the pseudo-label loss; 0 is exposed only"
     )
+    evidence: bool = Field(True, description="scale lambda by the evidence that anchor scores tell of clicks")
     negatives_weight: float = Field(1.0, ge=0, description="weight of unexposed candidates as not clicked")
     loss: Literal["listwise", "pointwise"] = "listwise"
     shadow: bool = Field(

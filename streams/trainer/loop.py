@@ -283,5 +283,9 @@ def export(trainer: Trainer) -> None:
             for part, found in slices.items():
                 for name, value in found.items():
                     metrics.PROGRESSIVE_SLICE.labels(name, model, part, window).set(value)
+    reading = trainer.evidence()
+    metrics.LABEL_EVIDENCE_WEIGHT.set(reading.weight)
+    metrics.LABEL_EVIDENCE_EFFECT.labels("mean").set(reading.effect)
+    metrics.LABEL_EVIDENCE_EFFECT.labels("low").set(reading.low)
     for table, count in trainer.ids().items():
         metrics.IDS.labels(table).set(count)

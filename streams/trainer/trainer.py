@@ -6,6 +6,7 @@ that is killed and resumed ends where an undisturbed one does, and a model can b
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from gpl.catalogue import Catalogue
+from gpl.labels.evidence import Evidence, Reading
 from gpl.labels.matching import Floats
 from gpl.preranker.batch import Batch
 from gpl.preranker.ids import GrowingIds
@@ -81,6 +83,7 @@ class Trainer:
         self._dedup = DedupWindow(settings.dedup_requests)
         self._window = ProgressiveWindow(settings.window_records, list(self._learners))
         self._calibration = CalibrationWindow()
+        self._evidence = Evidence()
         self._recent: deque[Prepared] = deque(maxlen=probe.REQUESTS)
         self._newest_at: int | None = None
         self.loss: float | None = None
@@ -111,6 +114,14 @@ class Trainer:
             lines = self._validate(trainable, logits, new, tail)
             np.add.at(self._exposures, exposed_rows, 1)
             self._calibration.add(batch.score[batch.exposed], batch.clicked[batch.exposed])
+            self._evidence.observe(
+                batch.user_row,
+                batch.item_row[batch.item],
+                batch.request,
+                batch.score,
+                batch.exposed,
+                batch.clicked,
+            )
             self._recent.extend(trainable)
         self._expire()
         self.records += len(prepared)
@@ -128,6 +139,10 @@ class Trainer:
             window: {name: self._window.slices(name, newest) for name in self._learners}
             for window, newest in (("whole", None), ("recent", self._settings.recent_records))
         }
+
+    def evidence(self) -> Reading:
+        """How much the anchor scores tell about clicks beyond user and item; its weight scales lambda."""
+        return self._evidence.read()
 
     def ids(self) -> dict[str, int]:
         """How many users and items live in the tables."""
@@ -150,6 +165,7 @@ class Trainer:
         requests, window = self._window.state()
         tensors["window"] = window
         tensors["calibration"] = self._calibration.state()
+        tensors["evidence"] = {n: torch.from_numpy(a.copy()) for n, a in self._evidence.state_arrays().items()}
         tensors["ids"] = {
             "users_seen": torch.from_numpy(users_seen),
             "items_seen": torch.from_numpy(items_seen),
@@ -175,7 +191,15 @@ class Trainer:
             versions=self._frame.versions,
             metrics=self._window.summary(MAIN),
             newest_event_ts=self.newest_event_ts,
-            figures=msgspec.json.encode({**self.slices(), "calibration": self._calibration.fit().to_dict()}),
+            figures=msgspec.json.encode(
+                {
+                    **self.slices(),
+                    "calibration": self._calibration.fit().to_dict(),
+                    "evidence": {
+                        name: float(value) for name, value in dataclasses.asdict(self._evidence.read()).items()
+                    },
+                }
+            ),
         )
 
     def restore(self, checkpoint: Checkpoint) -> int:
@@ -203,6 +227,7 @@ class Trainer:
         self._dedup.restore(state.dedup)
         self._window.restore(state.window, checkpoint.tensors["window"])
         self._calibration.restore(checkpoint.tensors["calibration"])
+        self._evidence.load_state_arrays({n: t.numpy() for n, t in checkpoint.tensors["evidence"].items()})
         self._tail = state.tail
         self._newest_at = state.newest_at
         self.records = state.records
@@ -225,7 +250,7 @@ class Trainer:
             config={"dim": self._settings.dim, "dim_content": self._frame.dim},
             versions=self._frame.versions,
             positions=dict(positions),
-            metrics=self._window.summary(MAIN),
+            metrics={**self._window.summary(MAIN), "evidence": float(self._evidence.read().weight)},
             evaluated=len(self._window),
             newest_event_ts=self.newest_event_ts,
             newest_at=self._newest_at,
@@ -280,12 +305,15 @@ class Trainer:
     def _train(self, batch: Batch) -> dict[str, Floats]:
         """Train every model on the batch. Returns the logits (P,) that each gave its pairs before that."""
         content, logits = self._catalogue.vectors, {}
+        # Of earlier batches: what this one teaches must not depend on its own clicks twice.
+        weight = self._evidence.read().weight if self._settings.evidence else 1.0
         for name, learner in self._learners.items():
-            if learner.loss.exposed_only:  # its step leaves the unexposed pairs out
+            exposed_only = learner.loss.scaled(weight).exposed_only  # its step leaves the unexposed pairs out
+            if exposed_only:
                 with torch.no_grad():
                     logits[name] = learner.model(batch, content).full.numpy()
-            loss = learner.step(batch, content)
-            if not learner.loss.exposed_only:
+            loss = learner.step(batch, content, weight)
+            if not exposed_only:
                 logits[name] = learner.logits
             if name == MAIN and loss is not None:
                 self.loss = float(loss.total)

@@ -25,7 +25,7 @@ from streams.trainer.dedup import DedupWindow
 from streams.trainer.journal import Journal
 from streams.trainer.trainer import Trainer
 
-DIM, ITEMS, USERS = 16, 60, 12
+DIM, ITEMS, USERS = 16, 60, 40
 FRAME = Frame(DIM, 1, "encoder-1", "quantiser-1")
 SETTINGS = TrainerSettings(dim=8, learning_rate=0.02, window_records=100, dedup_requests=1000)
 
@@ -298,6 +298,48 @@ def test_the_shadow_is_what_training_on_exposed_labels_alone_gives(catalogue: Ca
     assert_equal(dict(parts["shadow"]), dict(alone.checkpoint({}, 0).tensors["model"]))
     assert not torch.equal(parts["shadow"]["content"], parts["model"]["content"])
     assert both.figures()["exposed"] == alone.figures()["gpl"]
+
+
+def test_without_evidence_training_is_bit_for_bit_that_without_pseudo_labels(catalogue: Catalogue) -> None:
+    rng = np.random.default_rng(0)
+    with_labels = Trainer(SETTINGS, FRAME, catalogue)
+    without = Trainer(SETTINGS.model_copy(update={"pseudo_weight": 0.0}), FRAME, catalogue)
+    for start in range(0, 400, 8):
+        # Anchors of somebody else: every request has the scores of another taste.
+        strangers = []
+        for record in stream(8, seed=start):
+            order = rng.permutation(ITEMS)
+            score = dict(zip((f"i{n}" for n in order), record.exposed.score + record.unexposed.score, strict=False))
+            strangers.append(
+                msgspec.structs.replace(
+                    record,
+                    request_id=f"{start}-{record.request_id}",
+                    exposed=Exposed(
+                        record.exposed.item, record.exposed.clicked, [score.get(i, 0.0) for i in record.exposed.item]
+                    ),
+                )
+            )
+        with_labels.step(strangers)
+        without.step(strangers)
+    assert with_labels.evidence().weight == 0.0
+    assert_equal(final(with_labels), final(without))
+
+
+def test_evidence_lets_pseudo_labels_through_and_is_part_of_a_checkpoint(catalogue: Catalogue) -> None:
+    trainer = Trainer(SETTINGS, FRAME, catalogue)
+    train(trainer, stream(400))
+    reading = trainer.evidence()
+    assert reading.weight > 0.1 and reading.effect > 0.5
+    resumed = Trainer(SETTINGS, FRAME, catalogue)
+    resumed.restore(trainer.checkpoint({}, 0))
+    assert resumed.evidence() == reading
+    labels = [msgspec.structs.replace(record, request_id=f"late-{record.request_id}") for record in stream(16, seed=9)]
+    without = Trainer(SETTINGS.model_copy(update={"pseudo_weight": 0.0}), FRAME, catalogue)
+    without.restore(trainer.checkpoint({}, 0))
+    for each in (trainer, resumed, without):
+        train(each, labels)
+    assert_equal(final(resumed), final(trainer))
+    assert not torch.equal(final(without)["model.content"], final(trainer)["model.content"])
 
 
 def test_every_batch_is_scored_before_it_is_trained_on(catalogue: Catalogue) -> None:
