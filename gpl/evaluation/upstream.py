@@ -169,8 +169,8 @@ def from_events(dataset: Dataset, vectors: Floats, config: UpstreamConfig, rng: 
         never = np.ones(n_items, dtype=bool)
         never[[*liked, *last]] = False
         cuts = [session[at : at + config.clicks] for session in past for at in range(0, len(session), config.clicks)]
-        starts = [sum(map(len, past[:s])) for s in range(len(past)) for _ in range(0, len(past[s]), config.clicks)]
-        for clicks, start in list(zip(cuts, starts, strict=True))[-config.log_requests :]:
+        starts = np.cumsum([0, *map(len, cuts)]).tolist()
+        for clicks, start in list(zip(cuts, starts, strict=False))[-config.log_requests :]:
             _around(log, user, clicks, np.array(liked[:start], dtype=np.int64), never, recall, config, rng)
         positives.append(liked)
         relevant.append(last)

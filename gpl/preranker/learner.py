@@ -64,7 +64,12 @@ class Learner:
         logits = self.model(batch, content)
         self.logits = logits.full.detach().numpy()
         loss = joint_loss(logits, batch, config)
-        loss.total.backward()  # type: ignore[no-untyped-call]
+        self.update(loss.total)
+        return Loss(*(term.detach() for term in (loss.total, loss.actual, loss.pseudo, loss.negatives)))
+
+    def update(self, total: Tensor) -> None:
+        """One step of the optimizer down the gradient of ``total``, a loss of the model's own making or another."""
+        total.backward()  # type: ignore[no-untyped-call]
         for _, table in self.model.tables():
             for moment in _MOMENTS:
                 state = self._tables.state[table]
@@ -74,7 +79,6 @@ class Learner:
         self._tables.step()  # type: ignore[no-untyped-call]
         self.model.zero_grad(set_to_none=True)
         self.steps += 1
-        return Loss(*(term.detach() for term in (loss.total, loss.actual, loss.pseudo, loss.negatives)))
 
     def forget(self, users: Ints, items: Ints) -> None:
         """Make rows of the id tables as they are before an id's first step: weights and moments zero."""

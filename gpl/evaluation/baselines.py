@@ -1,0 +1,140 @@
+"""Trained methods to compare with: how each one's step differs. All share the pre-ranker and its optimizer."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from gpl.evaluation.anchors import AnchorSpec, Generator
+from gpl.evaluation.bench import Bench, Source
+from gpl.evaluation.dataset import Floats, Ints
+from gpl.evaluation.judge import Scores
+from gpl.evaluation.pairs import Columns, Pairs
+from gpl.evaluation.ranker import teach
+from gpl.evaluation.training import Step, train
+from gpl.labels.labeller import Config
+from gpl.preranker.batch import Batch
+from gpl.preranker.learner import Learner
+from gpl.preranker.loss import LossConfig
+
+_SMOOTHING = 5.0
+_TEACHERS = 3
+
+
+def exposed_only(bench: Bench, generator: Generator | None) -> Scores:
+    """Cross-entropy on what was exposed, nothing else. ``generator`` (here and below): whose anchor score the model
+    has as its cross input; None: it does without."""
+    loss = LossConfig(pseudo_weight=0, negatives_weight=0)
+    return _fit(bench, "recalled", *_inputs(bench, generator, "recalled"), _library(bench), loss)
+
+
+def negatives(bench: Bench, generator: Generator | None, weight: float, source: Source) -> Scores:
+    """Unexposed items as negatives, with the log-odds correction (Yi et al. 2019; Monolith).
+
+    Item i is a negative with probability Q(i), so the trained logit would be that of p(i|u) / Q(i): log Q(i) is taken
+    off while training, and what is learnt ranks by p.
+    """
+    columns, scores_of = _inputs(bench, generator, source)
+    pairs, n = bench.pairs(source), bench.world.n_items
+    mass = np.where(pairs.exposed, 1.0 - pairs.clicked, weight * bench.hidden_share(source))
+    counts = np.bincount(pairs.item, mass, minlength=n) + _SMOOTHING
+    log_q = np.log(counts / counts.mean()).astype(np.float32)
+
+    def step(learner: Learner, batch: Batch, _: Ints) -> None:
+        learner.model.observe(batch.score)
+        items = batch.item_row[batch.item] - 1
+        logits = learner.model(batch, bench.world.vectors).full - torch.from_numpy(log_q[items])
+        terms = F.binary_cross_entropy_with_logits(logits, torch.from_numpy(batch.clicked), reduction="none")
+        exposed = torch.from_numpy(batch.exposed)
+        total = terms[exposed].mean()
+        if not batch.exposed.all():
+            total = total + weight * terms[~exposed].mean()
+        learner.update(total)
+
+    return _fit(bench, source, columns, scores_of, step, LossConfig())
+
+
+def inverse_propensity(bench: Bench, generator: Generator | None, clip: float) -> Scores:
+    """Exposed pairs weighted by the inverse of their item's propensity, self-normalised (Schnabel et al. 2016).
+
+    The propensity is the item's share of all exposures; weights are clipped at ``clip`` times the least one.
+    """
+    columns, scores_of = _inputs(bench, generator, "recalled")
+    shown = np.bincount(bench.world.log.exposed.values, minlength=bench.world.n_items) + 1.0
+    weight_of = np.minimum(shown.max() / shown, clip).astype(np.float32)
+
+    def step(learner: Learner, batch: Batch, _: Ints) -> None:
+        batch = batch.exposed_only()
+        if len(batch.request) == 0:
+            return
+        learner.model.observe(batch.score)
+        logits = learner.model(batch, bench.world.vectors).full
+        weight = torch.from_numpy(weight_of[batch.item_row[batch.item] - 1])
+        terms = F.binary_cross_entropy_with_logits(logits, torch.from_numpy(batch.clicked), reduction="none")
+        learner.update((terms * weight).sum() / weight.sum())
+
+    return _fit(bench, "recalled", columns, scores_of, step, LossConfig())
+
+
+def distillation(bench: Bench, generator: Generator | None, weight: float) -> Scores:
+    """The probabilities of a ranker trained on exposures are the labels of what was not exposed."""
+    return _taught(bench, generator, weight, teachers=1)
+
+
+def self_training(bench: Bench, generator: Generator | None, weight: float) -> Scores:
+    """Distillation from several rankers, and the less they agree, the less a label weighs.
+
+    After UKD (Yan et al. 2022): weight exp(-KL), the mean divergence of the rankers from their mean.
+    """
+    return _taught(bench, generator, weight, teachers=_TEACHERS)
+
+
+def _taught(bench: Bench, generator: Generator | None, weight: float, teachers: int) -> Scores:
+    columns, scores_of = _inputs(bench, generator, "recalled")
+    seeds = [bench.seed * _TEACHERS + t for t in range(teachers)]
+    every = np.stack([teach(bench.world, bench.pairs("recalled"), columns.score, seed) for seed in seeds])
+    label = every.mean(axis=0).astype(np.float32)
+    confidence = np.exp(-_divergence(every, label)).astype(np.float32)
+    loss = LossConfig(pseudo="pointwise", pseudo_weight=weight, negatives_weight=0)
+    taught = Columns(columns.score, label, confidence)
+    return _fit(bench, "recalled", taught, scores_of, _library(bench), loss)
+
+
+def _divergence(every: Floats, mean: Floats) -> Floats:
+    """(P,) mean Kullback-Leibler divergence, in nats, of Bernoulli probabilities (T, P) from their mean (P,)."""
+    p, m = np.clip(every.astype(np.float64), 1e-6, 1 - 1e-6), np.clip(mean.astype(np.float64), 1e-6, 1 - 1e-6)
+    result: Floats = (p * np.log(p / m) + (1 - p) * np.log((1 - p) / (1 - m))).mean(axis=0)
+    return result
+
+
+def _inputs(bench: Bench, generator: Generator | None, source: Source) -> tuple[Columns, Scores | None]:
+    if generator is None:
+        return blank(bench.pairs(source)), None
+    labels, scores_of = bench.labels(AnchorSpec(generator), Config(), source)
+    zeros = np.zeros_like(labels.score)
+    return Columns(labels.score, zeros, zeros), scores_of
+
+
+def blank(pairs: Pairs) -> Columns:
+    """Columns without any anchor score or label."""
+    n = len(pairs.item)
+    return Columns(np.full(n, np.nan, np.float32), np.zeros(n, np.float32), np.zeros(n, np.float32))
+
+
+def _library(bench: Bench) -> Step:
+    """The pre-ranker's own step."""
+
+    def step(learner: Learner, batch: Batch, _: Ints) -> None:
+        learner.step(batch, bench.world.vectors)
+
+    return step
+
+
+def _fit(
+    bench: Bench, source: Source, columns: Columns, scores_of: Scores | None, step: Step, loss: LossConfig
+) -> Scores:
+    pairs = bench.pairs(source)
+    return train(
+        bench.world, pairs, columns, scores_of, step, loss, bench.train_config, bench.seed, bench.validation
+    ).scores

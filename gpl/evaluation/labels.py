@@ -1,0 +1,64 @@
+"""Raw anchor scores, pseudo-labels and confidence of a world's pairs, by the product's own labeller."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from gpl.evaluation.anchors import AnchorSets
+from gpl.evaluation.dataset import Floats, Ints
+from gpl.evaluation.pairs import Pairs
+from gpl.labels import labeller
+from gpl.labels.calibration import NoCalibration, Platt
+from gpl.labels.labeller import Config, PreparedAnchors
+
+_MIN_CALIBRATION = 50
+
+
+@dataclass(frozen=True)
+class PairLabels:
+    """Parallel to a log's `Pairs`: raw ``score`` (NaN where there are no anchors), calibrated ``label``, ``confidence``
+    (both 0 there)."""
+
+    score: Floats
+    label: Floats
+    confidence: Floats
+
+
+class Scorer:
+    """Anchor scores of items (n, d) in the space that the anchors are of, with one configuration of the labeller."""
+
+    def __init__(self, vectors: Floats, sets: AnchorSets, config: Config) -> None:
+        self._vectors, self._sets, self._config = vectors, sets, config
+
+    def matrix(self, cases: Ints) -> Floats:
+        """(len(cases), n) scores of all items; NaN where a case has no anchors."""
+        found = np.full((len(cases), len(self._vectors)), np.nan, dtype=np.float32)
+        for row, case in zip(found, cases.tolist(), strict=True):
+            if (prepared := self._prepared(case)) is not None:
+                row[:] = labeller.score(prepared, self._vectors)[0]
+        return found
+
+    def label(self, pairs: Pairs, cases: Ints) -> PairLabels:
+        """``cases`` (R,) of the requests. Calibration is Platt's on the exposed feedback, as the product fits it."""
+        score = np.full(len(pairs.item), np.nan, dtype=np.float32)
+        label, confidence = np.zeros((2, len(pairs.item)), dtype=np.float32)
+        for request, case in enumerate(cases.tolist()):
+            if (prepared := self._prepared(case)) is not None:
+                at = slice(int(pairs.offsets[request]), int(pairs.offsets[request + 1]))
+                raw = labeller.label(prepared, NoCalibration(), self._vectors[pairs.item[at]])
+                score[at], confidence[at] = raw.score, raw.confidence
+        known = ~np.isnan(score)
+        shown = known & pairs.exposed
+        clicks = int(pairs.clicked[shown].sum())
+        enough = shown.sum() >= _MIN_CALIBRATION
+        if enough and min(clicks, int(shown.sum()) - clicks) >= _MIN_CALIBRATION // 10:
+            label[known] = Platt.fit(score[shown], pairs.clicked[shown]).apply(score[known])
+        else:
+            label[known] = NoCalibration().apply(score[known])
+        return PairLabels(score, label, confidence)
+
+    def _prepared(self, case: int) -> PreparedAnchors | None:
+        anchors = self._sets.of(case)
+        return None if anchors is None else PreparedAnchors.build(*anchors, self._sets.levels, self._config)

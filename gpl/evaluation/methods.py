@@ -1,0 +1,143 @@
+"""The methods that a study compares, by name, each with the settings it may choose from on the validation users."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from gpl.evaluation import baselines, untrained
+from gpl.evaluation.anchors import AnchorSpec
+from gpl.evaluation.bench import Bench
+from gpl.evaluation.generative import Parts, gpl
+from gpl.evaluation.judge import Scores
+from gpl.labels.labeller import Config
+
+Group = Literal["untrained", "no pseudo-labels", "pseudo-labels", "gpl", "ablation", "control"]
+Settings = Mapping[str, Any]
+
+GENERATORS = ("history", "small-lm")
+
+
+@dataclass(frozen=True)
+class Method:
+    """``grid``: values of each setting, one being chosen on validation users, beside the fixed ``settings``.
+
+    A method that is ``like`` another has no grid: it takes the other's chosen settings and changes ``settings``.
+    """
+
+    name: str
+    title: str
+    group: Group
+    run: Callable[..., Scores]
+    grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    like: str | None = None
+    settings: Settings = field(default_factory=dict)
+
+    def tuned(self, score: Callable[[dict[str, Any]], float]) -> dict[str, Any]:
+        """The settings with the highest ``score``, searched one setting after the other in the grid's order, starting
+        from the first value of each."""
+        chosen = {**self.settings, **{name: values[0] for name, values in self.grid.items()}}
+        best = None
+        for name, values in self.grid.items():
+            tried = {value: {**chosen, name: value} for value in values}
+            scores = {v: best if best is not None and v == chosen[name] else score(s) for v, s in tried.items()}
+            winner = max(scores, key=lambda value: scores[value])
+            chosen, best = tried[winner], scores[winner]
+        return chosen
+
+
+def _popularity(bench: Bench) -> Scores:
+    return untrained.popularity(bench.world)
+
+
+def _ease(bench: Bench, regularisation: float) -> Scores:
+    return untrained.ease(bench.world, regularisation)
+
+
+def _anchor(bench: Bench, **spec: Any) -> Scores:
+    return untrained.filled(bench.scores(AnchorSpec(**spec), Config()))
+
+
+def _gpl(bench: Bench, **parts: Any) -> Scores:
+    return gpl(bench, Parts(**parts))
+
+
+def _like(name: str, title: str, group: Group, **settings: Any) -> Method:
+    return Method(name, title, group, _gpl, like="gpl", settings=settings)
+
+
+def _anchor_alone(name: str, title: str, **spec: Any) -> Method:
+    return Method(name, title, "untrained", _anchor, settings=spec)
+
+
+_OFF = {"dispersion": False, "history": False, "generation": False}
+_NEGATIVES = {"weight": (1.0, 0.3, 3.0), "source": ("recalled", "uniform")}
+_TAUGHT = {"generator": GENERATORS, "weight": (1.0, 0.3)}
+
+_PSEUDO = {"weight": (1.0, 0.3, 3.0), "negatives": (1.0, 3.0), "source": ("recalled", "uniform")}
+
+METHODS: tuple[Method, ...] = (
+    Method("popularity", "Popularity", "untrained", _popularity),
+    _anchor_alone("anchor-history", "Anchor score alone, history clusters", generator="history"),
+    _anchor_alone("anchor-lm", "Anchor score alone, small LM", generator="small-lm"),
+    _anchor_alone("anchor-mean", "Anchor score alone, centred mean history", generator="mean"),
+    Method("ease", "EASE", "no pseudo-labels", _ease, {"regularisation": (100.0, 30.0, 300.0, 1000.0)}),
+    Method("exposed", "Exposed only", "no pseudo-labels", baselines.exposed_only, settings={"generator": None}),
+    Method(
+        "exposed-score",
+        "Exposed only, anchor score as input",
+        "no pseudo-labels",
+        baselines.exposed_only,
+        {"generator": GENERATORS},
+    ),
+    Method(
+        "negatives",
+        "Negative sampling, log-odds corrected",
+        "no pseudo-labels",
+        baselines.negatives,
+        _NEGATIVES,
+        settings={"generator": None},
+    ),
+    Method(
+        "negatives-score",
+        "Negative sampling, anchor score as input",
+        "no pseudo-labels",
+        baselines.negatives,
+        {"generator": GENERATORS, **_NEGATIVES},
+    ),
+    Method(
+        "ips",
+        "Inverse propensity, anchor score as input",
+        "no pseudo-labels",
+        baselines.inverse_propensity,
+        {"generator": GENERATORS, "clip": (10.0, 100.0)},
+    ),
+    Method("distillation", "Distillation from a ranker", "pseudo-labels", baselines.distillation, _TAUGHT),
+    Method("self-training", "Self-training with uncertainty", "pseudo-labels", baselines.self_training, _TAUGHT),
+    Method(
+        "mean-labels",
+        "Mean-history labels instead of an LM",
+        "pseudo-labels",
+        _gpl,
+        _PSEUDO,
+        settings={"generator": "mean"},
+    ),
+    Method("gpl", "GPL", "gpl", _gpl, {"generator": GENERATORS, **_PSEUDO}),
+    _like("gpl-lm", "GPL, small LM", "gpl", generator="small-lm"),
+    _like("gpl-history", "GPL, history clusters", "gpl", generator="history"),
+    _like("no-dispersion", "GPL without the dispersion factor", "ablation", dispersion=False),
+    _like("no-history", "GPL without the history factor", "ablation", history=False),
+    _like("no-generation", "GPL without the generation factor", "ablation", generation=False),
+    _like("no-confidence", "GPL without confidence", "ablation", **_OFF),
+    _like("no-centring", "GPL without centring", "ablation", centred=False),
+    _like("no-downsampling", "GPL, small LM, popular not thinned", "ablation", generator="small-lm", downsample=False),
+    *(_like(f"lambda-{w:g}", f"GPL, lambda {w:g}", "ablation", weight=w) for w in (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)),
+    _like("shuffled", "GPL with anchors of other users", "control", shuffled=True),
+    _like("shuffled-0", "the same without pseudo-labels", "control", shuffled=True, weight=0.0),
+    _like("random", "GPL with random anchors", "control", generator="random"),
+    _like("random-0", "the same without pseudo-labels", "control", generator="random", weight=0.0),
+)
+"""Every row of the results, in order."""
+
+BY_NAME = {method.name: method for method in METHODS}

@@ -1,0 +1,101 @@
+"""Training a pre-ranker on a world's log, the same way for every method; only what a step does differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from gpl.evaluation.dataset import Floats, Ints
+from gpl.evaluation.judge import Judge, Scores
+from gpl.evaluation.pairs import Columns, Pairs, batches
+from gpl.evaluation.world import World
+from gpl.preranker.batch import Batch
+from gpl.preranker.learner import Learner
+from gpl.preranker.loss import LossConfig
+from gpl.preranker.model import PreRanker
+
+Step = Callable[[Learner, Batch, Ints], None]
+"""One step of training on a batch; the positions of its pairs in the log tell what else is known of them."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The same for all trained methods. ``hidden``: unexposed pairs of a request in an epoch; another stretch each.
+
+    Training stops when HR@10 of the validation users has not risen for ``patience`` epochs; the best epoch is kept.
+    """
+
+    dim: int = 32
+    learning_rate: float = 3e-3
+    weight_decay: float = 1e-3
+    batch_requests: int = 256
+    hidden: int = 20
+    epochs: int = 12
+    patience: int = 2
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A pre-ranker and the raw anchor scores it takes as input, a matrix (J, n) by ``row_of`` user; None: none."""
+
+    model: PreRanker
+    content: Floats
+    scores_of: Scores | None
+    epochs: int
+
+    def scores(self, users: Ints) -> Floats:
+        """(len(users), n) logits of all items."""
+        return model_scores(self.model, self.content, users, self.scores_of)
+
+
+def content_rows(world: World) -> Ints:
+    """(n,) row of each item's content, -1 where it has none."""
+    has = np.abs(world.vectors).sum(axis=1) > 0
+    return np.where(has, np.arange(world.n_items), -1)
+
+
+def model_scores(model: PreRanker, content: Floats, users: Ints, scores_of: Scores | None) -> Floats:
+    n = len(content)
+    items = model.item_side(np.arange(1, n + 1), content)
+    towers = np.stack([model.user_side(user + 1) for user in users.tolist()]) @ items.T
+    anchor = None if scores_of is None else scores_of(users).ravel()
+    return model.combine(np.ascontiguousarray(towers.ravel()), anchor).reshape(len(users), n)
+
+
+def train(
+    world: World,
+    pairs: Pairs,
+    columns: Columns,
+    scores_of: Scores | None,
+    step: Step,
+    loss: LossConfig,
+    config: TrainConfig,
+    seed: int,
+    validation: Judge,
+) -> Trained:
+    """``columns.score`` NaN and ``scores_of`` None: the model does without the anchor score. Deterministic on one
+    thread."""
+    rng = np.random.default_rng(seed)
+    model = PreRanker(world.vectors.shape[1], config.dim, seed)
+    model.grow(world.n_users + 1, world.n_items + 1)
+    learner = Learner(model, loss, config.learning_rate, config.weight_decay)
+    content = content_rows(world)
+    best, best_hits, kept = 0, -1.0, model.state_tensors()
+    for epoch in range(1, config.epochs + 1):
+        for batch, at in batches(pairs, columns, content, config.batch_requests, config.hidden, rng):
+            step(learner, batch, at)
+        hits = validation.hit_rate(lambda users: model_scores(model, world.vectors, users, scores_of))
+        if hits > best_hits:
+            best, best_hits, kept = epoch, hits, model.state_tensors()
+        elif epoch - best >= config.patience:
+            break
+    model.load_state_tensors(kept)
+    return Trained(model, world.vectors, scores_of, best)
+
+
+def one_thread() -> None:
+    """Studies run side by side: each keeps to one core, and results do not depend on the number of them."""
+    torch.set_num_threads(1)
