@@ -21,6 +21,7 @@ from streams.broker.command import app as broker_app
 from streams.data_command import validate
 from streams.demo.command import demo
 from streams.dlq.command import app as dlq_app
+from streams.evaluation.command import datasets_app, evaluate
 from streams.fit_command import fit
 from streams.log_view import TopicMissingError
 from streams.replay.command import capture, replay
@@ -43,8 +44,13 @@ app.add_typer(dlq_app, name="dlq")
 app.command()(demo)
 app.command()(validate)
 app.command()(fit)
+<<<<<<< HEAD
 app.command()(replay)
 app.command()(capture)
+=======
+app.command()(evaluate)
+app.add_typer(datasets_app, name="datasets")
+>>>>>>> 2a11280 (gpl evaluate: resumable studies, summary with paired intervals and targets, tables, plots, page of results; gpl datasets)
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file; default gpl.toml or GPL_CONFIG.")]
 

@@ -17,15 +17,15 @@ from gpl.anchors.history import HistoryClusters
 from gpl.anchors.small_lm import SmallLM, SmallLMConfig
 from gpl.anchors.training import Schedule
 from gpl.codes.centroids import SidCentroids
-from gpl.codes.quantiser import ResidualKMeans, suggest_codebook_size
+from gpl.codes.quantiser import Quantiser
 from gpl.codes.trie import SidTrie
 from gpl.evaluation.dataset import Floats, Ints
 from gpl.evaluation.world import World
+from gpl.fit import FitOptions, fit_quantiser
 
 FOLDS = 4
 HISTORY = 50
 """Most recent positives that anchors are made of."""
-LEVELS = 3
 
 
 Generator = Literal["small-lm", "history", "mean", "random"]
@@ -97,19 +97,19 @@ def make_anchors(world: World, cases: Cases, spec: AnchorSpec, seed: int) -> Anc
     if spec.shuffled:
         return _shuffled(make_anchors(world, cases, replace(spec, shuffled=False), seed), cases, world.n_users, rng)
     content = np.flatnonzero(np.abs(vectors).sum(axis=1) > 0)
-    quantiser = ResidualKMeans.fit(vectors[content], LEVELS, suggest_codebook_size(len(content)), seed)
-    sids = np.full((world.n_items, LEVELS), -1, dtype=np.int32)
+    quantiser = fit_quantiser(vectors[content], FitOptions(), seed)
+    sids = np.full((world.n_items, quantiser.levels), -1, dtype=np.int32)
     sids[content] = quantiser.encode(vectors[content])
     histories = [
         _history(world.positives[user][:known], sids, vectors)
         for user, known in zip(cases.user.tolist(), cases.known.tolist(), strict=True)
     ]
     if spec.generator == "mean":
-        return _means(histories, vectors.shape[1])
+        return _means(histories, vectors.shape[1], quantiser.levels)
     trie, centroids = SidTrie(sids[content], quantiser.codebook_size), SidCentroids(sids, vectors)
-    beams = _beams(world, cases, histories, sids, quantiser.codebook_size, trie, spec, seed, rng)
+    beams = _beams(world, cases, histories, sids, quantiser, trie, spec, seed, rng)
     made = [anchors_of(b, centroids, h) for b, h in zip(beams, histories, strict=True)]
-    return _packed(made, spec.beams, vectors.shape[1])
+    return _packed(made, spec.beams, vectors.shape[1], quantiser.levels)
 
 
 def _beams(
@@ -117,14 +117,14 @@ def _beams(
     cases: Cases,
     histories: list[History],
     sids: npt.NDArray[np.int32],
-    codebook_size: int,
+    quantiser: Quantiser,
     trie: SidTrie,
     spec: AnchorSpec,
     seed: int,
     rng: np.random.Generator,
 ) -> list[Beams]:
     asked = [case for case, history in enumerate(histories) if len(history)]
-    none = Beams(np.zeros((0, LEVELS), dtype=np.int32), np.zeros(0, dtype=np.float32))
+    none = Beams(np.zeros((0, quantiser.levels), dtype=np.int32), np.zeros(0, dtype=np.float32))
     beams = [none] * len(histories)
     if spec.generator == "random":
         distinct = np.unique(sids[sids[:, 0] >= 0], axis=0)
@@ -139,7 +139,7 @@ def _beams(
         fold_of = rng.permutation(world.n_users) % FOLDS
         folds = [
             (
-                _language_model(world, sids, codebook_size, np.flatnonzero(fold_of != fold), spec, seed),
+                _language_model(world, sids, quantiser, np.flatnonzero(fold_of != fold), spec, seed),
                 [case for case in asked if fold_of[cases.user[case]] == fold],
             )
             for fold in range(FOLDS)
@@ -151,7 +151,7 @@ def _beams(
 
 
 def _language_model(
-    world: World, sids: npt.NDArray[np.int32], codebook_size: int, users: Ints, spec: AnchorSpec, seed: int
+    world: World, sids: npt.NDArray[np.int32], quantiser: Quantiser, users: Ints, spec: AnchorSpec, seed: int
 ) -> SmallLM:
     """A model trained on what ``users`` liked; one in ten of them decides when to stop."""
     sequences = [sids[world.positives[user]] for user in users]
@@ -164,8 +164,8 @@ def _language_model(
     return SmallLM.train(
         [sequences[at] for at in order[held:]],
         [sequences[at] for at in order[:held]],
-        LEVELS,
-        codebook_size,
+        quantiser.levels,
+        quantiser.codebook_size,
         SmallLMConfig(history=HISTORY, schedule=schedule),
         seed,
     )
@@ -176,7 +176,7 @@ def _history(items: Ints, sids: npt.NDArray[np.int32], vectors: Floats) -> Histo
     return History(sids[kept], vectors[kept])
 
 
-def _means(histories: list[History], dim: int) -> AnchorSets:
+def _means(histories: list[History], dim: int, levels: int) -> AnchorSets:
     table = np.zeros((len(histories), dim), dtype=np.float32)
     index = np.full((len(histories), 1), -1, dtype=np.int64)
     nearest = np.zeros((len(histories), 1), dtype=np.float32)
@@ -187,10 +187,10 @@ def _means(histories: list[History], dim: int) -> AnchorSets:
             table[case] = total / length
             index[case] = case
             nearest[case] = max(0.0, min(1.0, float((history.vectors @ table[case]).max())))
-    return AnchorSets(table, index, np.zeros_like(nearest), nearest, LEVELS)
+    return AnchorSets(table, index, np.zeros_like(nearest), nearest, levels)
 
 
-def _packed(made: list[Anchors], beams: int, dim: int) -> AnchorSets:
+def _packed(made: list[Anchors], beams: int, dim: int, levels: int) -> AnchorSets:
     row_of: dict[tuple[int, ...], int] = {}
     table: list[Floats] = []
     index = np.full((len(made), beams), -1, dtype=np.int64)
@@ -203,7 +203,7 @@ def _packed(made: list[Anchors], beams: int, dim: int) -> AnchorSets:
             index[case, k] = row_of[sid]
         logprob[case, : len(anchors)] = anchors.logprobs
         factor[case, : len(anchors)] = anchors.history_factor
-    return AnchorSets(np.stack(table) if table else np.zeros((0, dim), np.float32), index, logprob, factor, LEVELS)
+    return AnchorSets(np.stack(table) if table else np.zeros((0, dim), np.float32), index, logprob, factor, levels)
 
 
 def _shuffled(sets: AnchorSets, cases: Cases, n_users: int, rng: np.random.Generator) -> AnchorSets:

@@ -90,7 +90,7 @@ class Bench:
         if key not in self._labels:
             while len(self._labels) >= _KEPT:
                 del self._labels[next(iter(self._labels))]
-            scorer = self._scorer(spec, config)
+            scorer = self.scorer(spec, config)
             labels = scorer.label(self.pairs(source), self.cases.log)
             self._labels[key] = (labels, self.scores(spec, config))
         return self._labels[key]
@@ -102,7 +102,7 @@ class Bench:
             while len(self._scores) >= _KEPT:
                 del self._scores[next(iter(self._scores))]
             judged = self.world.judged
-            matrix = self._scorer(spec, config).matrix(self.cases.final[judged])
+            matrix = self.scorer(spec, config).matrix(self.cases.final[judged])
             row_of = np.full(self.world.n_users, -1, dtype=np.int64)
             row_of[judged] = np.arange(len(judged))
 
@@ -112,7 +112,8 @@ class Bench:
             self._scores[key] = scores_of
         return self._scores[key]
 
-    def _scorer(self, spec: AnchorSpec, config: Config) -> Scorer:
+    def scorer(self, spec: AnchorSpec, config: Config) -> Scorer:
+        """The product's labeller over one set of anchors."""
         return Scorer(self.world.vectors if spec.centred else self.world.raw, self.anchors(spec), config)
 
     def _made(self, spec: AnchorSpec) -> AnchorSets:

@@ -42,11 +42,14 @@ class Parts:
             shuffled=self.shuffled,
         )
 
+    @property
+    def labelling(self) -> Config:
+        return Config(dispersion=self.dispersion, history=self.history, generation=self.generation)
+
 
 def gpl(bench: Bench, parts: Parts) -> Scores:
     """Train on the log's actual labels and on pseudo-labels of its unexposed candidates."""
-    config = Config(dispersion=parts.dispersion, history=parts.history, generation=parts.generation)
-    labels, scores_of = bench.labels(parts.spec, config, parts.source)
+    labels, scores_of = bench.labels(parts.spec, parts.labelling, parts.source)
     pairs = bench.pairs(parts.source)
     # A user without anchors has no pseudo-labels: the product's records name no unexposed candidates then.
     kept = pairs.exposed | ~np.isnan(labels.score)

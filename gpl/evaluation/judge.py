@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +23,16 @@ _BLOCK = 256
 
 @dataclass(frozen=True)
 class Outcome:
-    """Per judged user, in the order of ``users``; NaN where a metric is undefined for a user. Whole-world figures in
-    ``world``."""
+    """``per_user``: values (J,) in the order of ``users``, NaN where undefined for a user. ``world``: whole figures.
+
+    ``curve`` (10, 2): expected hits at 10 and number of relevant items, by how often an item was exposed, the most
+    exposed tenth of the items first.
+    """
 
     users: Ints
     per_user: dict[str, npt.NDArray[np.float64]]
-    world: dict[str, float] = field(default_factory=dict)
+    world: dict[str, float]
+    curve: npt.NDArray[np.float64]
 
     def mean(self, metric: str) -> float:
         """Mean over users where defined; of a whole-world figure, itself."""
@@ -44,6 +48,9 @@ class Judge:
     def __init__(self, world: World, users: Ints) -> None:
         self.world, self.users = world, users
         self.tail = world.tail
+        rank = np.empty(world.n_items, dtype=np.int64)
+        rank[np.argsort(-world.exposures, kind="stable")] = np.arange(world.n_items)
+        self._tenth = rank * 10 // world.n_items
         self._held = [
             (row, int(user))
             for row, user in enumerate(world.held_out.user.tolist())
@@ -52,7 +59,7 @@ class Judge:
 
     def hit_rate(self, scores: Scores) -> float:
         """HR@10 alone, quickly: what hyperparameters are chosen by."""
-        return float(np.nanmean(self._ranks(scores, lists=None)["hr@10"]))
+        return float(np.nanmean(self._ranks(scores, None, np.zeros((10, 2)))["hr@10"]))
 
     def judge(self, scores: Scores) -> Outcome:
         """All metrics.
@@ -64,13 +71,16 @@ class Judge:
         in somebody's top ten; ``gini`` of how often each item is in one (0: all alike).
         """
         lists = np.full((len(self.users), LIST), -1, dtype=np.int64)
-        per_user = self._ranks(scores, lists)
+        curve = np.zeros((10, 2))
+        per_user = self._ranks(scores, lists, curve)
         shown = np.bincount(lists[lists >= 0], minlength=self.world.n_items)
         figures = {"coverage": float((shown > 0).mean()), "gini": _gini(shown)}
         figures |= self._exposed(scores)
-        return Outcome(self.users, per_user, figures)
+        return Outcome(self.users, per_user, figures, curve)
 
-    def _ranks(self, scores: Scores, lists: Ints | None) -> dict[str, npt.NDArray[np.float64]]:
+    def _ranks(
+        self, scores: Scores, lists: Ints | None, curve: npt.NDArray[np.float64]
+    ) -> dict[str, npt.NDArray[np.float64]]:
         names = [f"hr@{k}" for k in CUTS]
         if lists is not None:
             names += ["tail_hr@10", "ndcg@10", "auc", "diversity"]
@@ -80,7 +90,7 @@ class Judge:
         for start in range(0, len(self.users), _BLOCK):
             block = self.users[start : start + _BLOCK]
             for row, (user, values) in enumerate(zip(block.tolist(), scores(block), strict=True), start):
-                self._rank_user(row, user, values, jumble, found, lists)
+                self._rank_user(row, user, values, jumble, found, lists, curve)
         return found
 
     def _rank_user(
@@ -91,14 +101,10 @@ class Judge:
         jumble: Ints,
         found: dict[str, npt.NDArray[np.float64]],
         lists: Ints | None,
+        curve: npt.NDArray[np.float64],
     ) -> None:
         world = self.world
-        candidate = np.zeros(world.n_items, dtype=bool)
-        if world.listed is None:
-            candidate[:] = True
-            candidate[world.seen[user]] = False
-        else:
-            candidate[world.listed[user]] = True
+        candidate = world.candidates(user)
         relevant = world.relevant[user]
         good = values[relevant].astype(np.float64)
         candidate[relevant] = False
@@ -112,6 +118,7 @@ class Judge:
             found[f"hr@{k}"][row] = hits[k].mean()
         if lists is None:
             return
+        np.add.at(curve, self._tenth[relevant], np.stack([hits[10], np.ones(len(relevant))], axis=1))
         in_tail = self.tail[relevant]
         if in_tail.any():
             found["tail_hr@10"][row] = hits[10][in_tail].mean()

@@ -41,24 +41,40 @@ class Scorer:
         return found
 
     def label(self, pairs: Pairs, cases: Ints) -> PairLabels:
-        """``cases`` (R,) of the requests. Calibration is Platt's on the exposed feedback, as the product fits it."""
+        """``cases`` (R,) of the requests."""
+        score, confidence = self._raw(pairs, cases)
+        known = ~np.isnan(score)
+        label = np.zeros_like(score)
+        label[known] = _fitted(pairs, score).apply(score[known])
+        return PairLabels(score, label, confidence)
+
+    def calibration(self, pairs: Pairs, cases: Ints) -> Platt | NoCalibration:
+        """Platt's, on the log's exposed feedback, as the product fits it."""
+        return _fitted(pairs, self._raw(pairs, cases)[0])
+
+    def label_all(self, case: int, calibration: Platt | NoCalibration) -> labeller.Labelled | None:
+        """Labels of all items; None where the case has no anchors."""
+        prepared = self._prepared(case)
+        return None if prepared is None else labeller.label(prepared, calibration, self._vectors)
+
+    def _raw(self, pairs: Pairs, cases: Ints) -> tuple[Floats, Floats]:
         score = np.full(len(pairs.item), np.nan, dtype=np.float32)
-        label, confidence = np.zeros((2, len(pairs.item)), dtype=np.float32)
+        confidence = np.zeros(len(pairs.item), dtype=np.float32)
         for request, case in enumerate(cases.tolist()):
             if (prepared := self._prepared(case)) is not None:
                 at = slice(int(pairs.offsets[request]), int(pairs.offsets[request + 1]))
                 raw = labeller.label(prepared, NoCalibration(), self._vectors[pairs.item[at]])
                 score[at], confidence[at] = raw.score, raw.confidence
-        known = ~np.isnan(score)
-        shown = known & pairs.exposed
-        clicks = int(pairs.clicked[shown].sum())
-        enough = shown.sum() >= _MIN_CALIBRATION
-        if enough and min(clicks, int(shown.sum()) - clicks) >= _MIN_CALIBRATION // 10:
-            label[known] = Platt.fit(score[shown], pairs.clicked[shown]).apply(score[known])
-        else:
-            label[known] = NoCalibration().apply(score[known])
-        return PairLabels(score, label, confidence)
+        return score, confidence
 
     def _prepared(self, case: int) -> PreparedAnchors | None:
         anchors = self._sets.of(case)
         return None if anchors is None else PreparedAnchors.build(*anchors, self._sets.levels, self._config)
+
+
+def _fitted(pairs: Pairs, score: Floats) -> Platt | NoCalibration:
+    shown = pairs.exposed & ~np.isnan(score)
+    clicks = int(pairs.clicked[shown].sum())
+    if shown.sum() < _MIN_CALIBRATION or min(clicks, int(shown.sum()) - clicks) < _MIN_CALIBRATION // 10:
+        return NoCalibration()
+    return Platt.fit(score[shown], pairs.clicked[shown])

@@ -72,12 +72,24 @@ class Recall:
 
     def __init__(self, vectors: Floats, popularity: Floats, config: UpstreamConfig) -> None:
         self._config = config
-        self._log_popularity = np.log(popularity.astype(np.float64) + 1.0) * config.popularity_power
+        self._weight = (popularity.astype(np.float64) + 1.0) ** config.popularity_power
+        self._cumulative = np.cumsum(self._weight)
         self._neighbours = neighbours(vectors, max(config.recalled // 3, 1))
 
     def draw(self, count: int, allowed: Bools, rng: Generator) -> Ints:
-        """At most ``count`` distinct items among ``allowed`` (n,), each in proportion to popularity."""
-        return _top(np.where(allowed, self._log_popularity + rng.gumbel(size=len(allowed)), -np.inf), count)
+        """At most ``count`` distinct items among ``allowed`` (n,), one after the other in proportion to popularity."""
+        # Drawing with replacement and passing over what was drawn or is not allowed is the same distribution, and
+        # quick while most items are allowed.
+        drawn = np.searchsorted(self._cumulative, rng.random(4 * count) * self._cumulative[-1], side="right")
+        drawn = drawn[allowed[drawn]]
+        _, first = np.unique(drawn, return_index=True)
+        if len(first) >= count:
+            kept: Ints = drawn[np.sort(first)[:count]].astype(np.int64)
+            return kept
+        # Few are allowed: the same distribution by the Gumbel trick.
+        with np.errstate(divide="ignore"):
+            keys = np.where(allowed, np.log(self._weight) + rng.gumbel(size=len(allowed)), -np.inf)
+        return _top(keys, count)
 
     def candidates(self, count: int, allowed: Bools, liked: Ints, rng: Generator) -> Ints:
         """At most ``count`` distinct items among ``allowed`` (n,) for a user who ``liked`` these, oldest first."""

@@ -61,6 +61,15 @@ class World:
         """Users with truth, and positives to know them by."""
         return np.flatnonzero((self.relevant.sizes > 0) & (self.positives.sizes > 0))
 
+    def candidates(self, user: int) -> Bools:
+        """(n,) whether the user is judged on the item."""
+        mask = np.full(self.n_items, self.listed is None)
+        if self.listed is None:
+            mask[self.seen[user]] = False
+        else:
+            mask[self.listed[user]] = True
+        return mask
+
     @property
     def exposures(self) -> Ints:
         """(n,) how often each item was exposed in the log."""

@@ -1,0 +1,44 @@
+"""Whether confidence means anything: how often what the labels call good is good, by confidence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from gpl.evaluation.bench import Bench
+from gpl.evaluation.generative import Parts
+
+BINS = 10
+TOP = 20
+"""A user's candidates with the highest anchor score: those that pseudo-labels call good."""
+
+
+def reliability(bench: Bench, settings: Mapping[str, Any]) -> list[dict[str, float]]:
+    """Bins of equal size over the test users' ``TOP`` candidates each, least confident first: ``confidence`` and
+    ``label`` (means), ``relevant`` (share that truly is), ``pairs``. Empty where nobody has anchors."""
+    parts = Parts(**settings)
+    world, scorer = bench.world, bench.scorer(parts.spec, parts.labelling)
+    calibration = scorer.calibration(bench.pairs("recalled"), bench.cases.log)
+    rows = []
+    for user in bench.test.users.tolist():
+        labelled = scorer.label_all(int(bench.cases.final[user]), calibration)
+        if labelled is not None:
+            items = np.flatnonzero(world.candidates(user))
+            best = items[np.argsort(-labelled.score[items], kind="stable")[:TOP]]
+            good = np.isin(best, world.relevant[user])
+            rows.append(np.stack([labelled.confidence[best], labelled.label[best], good]))
+    if not rows:
+        return []
+    confidence, label, relevant = np.concatenate(rows, axis=1)
+    return [
+        {
+            "confidence": float(confidence[at].mean()),
+            "label": float(label[at].mean()),
+            "relevant": float(relevant[at].mean()),
+            "pairs": len(at),
+        }
+        for at in np.array_split(np.argsort(confidence, kind="stable"), BINS)
+        if len(at)
+    ]

@@ -1,0 +1,1 @@
+"""The command line of offline evaluation; everything behind it is `gpl.evaluation`."""
