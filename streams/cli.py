@@ -44,13 +44,10 @@ app.add_typer(dlq_app, name="dlq")
 app.command()(demo)
 app.command()(validate)
 app.command()(fit)
-<<<<<<< HEAD
 app.command()(replay)
 app.command()(capture)
-=======
 app.command()(evaluate)
 app.add_typer(datasets_app, name="datasets")
->>>>>>> 2a11280 (gpl evaluate: resumable studies, summary with paired intervals and targets, tables, plots, page of results; gpl datasets)
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file; default gpl.toml or GPL_CONFIG.")]
 

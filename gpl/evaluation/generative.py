@@ -8,14 +8,18 @@ import numpy as np
 
 from gpl.evaluation.anchors import AnchorSpec, Generator
 from gpl.evaluation.bench import Bench, Source
-from gpl.evaluation.dataset import Ints
+from gpl.evaluation.dataset import Floats, Ints
 from gpl.evaluation.judge import Scores
-from gpl.evaluation.pairs import Columns
+from gpl.evaluation.pairs import Columns, Pairs
 from gpl.evaluation.training import train
+from gpl.labels.evidence import Evidence
 from gpl.labels.labeller import Config
 from gpl.preranker.batch import Batch
 from gpl.preranker.learner import Learner
 from gpl.preranker.loss import LossConfig
+
+_CHUNK = 256
+"""Requests that evidence takes in at a time: a request is judged by what earlier chunks told of its items."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +57,18 @@ def gpl(bench: Bench, parts: Parts) -> Scores:
     pairs = bench.pairs(parts.source)
     # A user without anchors has no pseudo-labels: the product's records name no unexposed candidates then.
     kept = pairs.exposed | ~np.isnan(labels.score)
+    pairs = pairs.keep(kept)
     columns = Columns(labels.score[kept], labels.label[kept], labels.confidence[kept])
     loss = LossConfig(pseudo_weight=parts.weight, negatives_weight=parts.negatives)
 
+    weight = evidence_weight(pairs, columns.score)
+
     def step(learner: Learner, batch: Batch, _: Ints) -> None:
-        learner.step(batch, bench.world.vectors)
+        learner.step(batch, bench.world.vectors, weight)
 
     return train(
         bench.world,
-        pairs.keep(kept),
+        pairs,
         columns,
         scores_of,
         step,
@@ -70,3 +77,19 @@ def gpl(bench: Bench, parts: Parts) -> Scores:
         bench.seed,
         bench.validation,
     ).scores
+
+
+def evidence_weight(pairs: Pairs, score: Floats) -> float:
+    """How much the anchor ``score`` (P,) tells about the log's clicks, in [0, 1]: what scales lambda.
+
+    The whole log is read in its order, in chunks, as the trainer reads it.
+    """
+    evidence = Evidence()
+    for start in range(0, len(pairs), _CHUNK):
+        stop = min(start + _CHUNK, len(pairs))
+        at = slice(int(pairs.offsets[start]), int(pairs.offsets[stop]))
+        request = np.repeat(np.arange(stop - start), np.diff(pairs.offsets[start : stop + 1]))
+        evidence.observe(
+            pairs.user[start:stop], pairs.item[at], request, score[at], pairs.exposed[at], pairs.clicked[at]
+        )
+    return evidence.read().weight
