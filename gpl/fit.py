@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpl.anchors.base import AnchorGenerator, History, anchors_of
+from gpl.anchors.base_models import SMOLLM2
 from gpl.anchors.beam import Decoding
 from gpl.anchors.history import HistoryClusters
+from gpl.anchors.lora_lm import LoraConfig, LoraLM
 from gpl.anchors.small_lm import SmallLM, SmallLMConfig
 from gpl.anchors.training import Resume, Schedule
 from gpl.artefacts import Artefacts
@@ -46,17 +48,19 @@ class Event(NamedTuple):
 @dataclass(frozen=True)
 class FitOptions:
     """``levels`` and ``codebook_size`` None: chosen from the catalogue. ``history``: most recent positives that anchors
-    are made from. ``calibration``: its form, fitted on the exposures of ``calibration_users`` users, as ``labelling``
-    scores. ``resume``: directory where the training of a language model keeps its state, to go on after an
-    interruption."""
+    are made from. ``base_model``: of lora-lm, see `load_backbone`. ``epochs`` None: what suits the generator.
+    ``calibration``: its form, fitted on the exposures of ``calibration_users`` users, as ``labelling`` scores.
+    ``resume``: directory where the training of a language model keeps its state, to go on after an interruption.
+    """
 
-    generator: Literal["small-lm", "history"] = "small-lm"
+    generator: Literal["small-lm", "lora-lm", "history"] = "small-lm"
+    base_model: str = SMOLLM2
     quantiser: Literal["rq-kmeans", "rq-vae"] = "rq-kmeans"
     levels: int | None = None
     codebook_size: int | None = None
     beams: int = 10
     history: int = 50
-    epochs: int = 20
+    epochs: int | None = None
     downsample_threshold: float = 1e-3
     exclude_seen: bool = False
     temperature: float = 1.0
@@ -92,7 +96,7 @@ def fit(
     row_of = {item.item_id: row for row, item in enumerate(items)}
     known = [event for event in events if event.item_id in row_of]
     positives = _positives(known, row_of)
-    generator, unseen = _generator(positives, sids, quantiser, options, seed, warnings, say)
+    generator, unseen = _generator(items, positives, sids, quantiser, options, seed, warnings, say)
     # A language model scores the later clicks of users that it was trained on too well.
     judged = {user: positives[user] for user in unseen}
     fitted = _calibration(known, judged, row_of, vectors, sids, generator, quantiser, options, seed, warnings)
@@ -103,7 +107,7 @@ def fit(
         "users_with_positives": len(positives),
         "positives": sum(len(user.rows) for user in positives.values()),
         "quantiser": quantiser.report(vectors),
-        "generator_losses": list(generator.validation_losses) if isinstance(generator, SmallLM) else [],
+        "generator_losses": list(generator.validation_losses) if isinstance(generator, SmallLM | LoraLM) else [],
         "newest_ts": max((event.ts for event in events), default=None),
         "seed": seed,
         "warnings": warnings,
@@ -139,6 +143,7 @@ def _positives(events: Sequence[Event], row_of: dict[str, int]) -> dict[str, _Po
 
 
 def _generator(
+    items: Sequence[ItemContent],
     positives: dict[str, _Positives],
     sids: NDArray[np.int32],
     quantiser: Quantiser,
@@ -159,11 +164,6 @@ def _generator(
             "anchors are history clusters"
         )
         return HistoryClusters(exclude_seen=options.exclude_seen), list(positives)
-    config = SmallLMConfig(
-        history=options.history,
-        schedule=Schedule(epochs=options.epochs, downsample_threshold=options.downsample_threshold),
-        decoding=Decoding(options.temperature, options.exclude_seen),
-    )
 
     def progress(step: int, total: int, loss: float) -> None:
         if step % 50 == 0 or step == total:
@@ -172,17 +172,28 @@ def _generator(
     # One user in ten decides when to stop.
     order = np.random.default_rng(seed).permutation(len(sequences))
     held = max(1, len(sequences) // 10)
-    generator = SmallLM.train(
-        [sequences[i] for i in order[held:]],
-        [sequences[i] for i in order[:held]],
-        quantiser.levels,
-        quantiser.codebook_size,
-        config,
-        seed,
-        on_progress=progress,
-        resume=None if options.resume is None else Resume(options.resume / "generator.safetensors"),
-    )
+    trained, held_out = [sequences[i] for i in order[held:]], [sequences[i] for i in order[:held]]
+    decoding = Decoding(options.temperature, options.exclude_seen)
+    resume = None if options.resume is None else Resume(options.resume / "generator.safetensors")
+    shape = quantiser.levels, quantiser.codebook_size
+    generator: SmallLM | LoraLM
+    if options.generator == "lora-lm":
+        lora = LoraConfig(options.base_model, options.history, decoding=decoding)
+        lora = replace(lora, schedule=_schedule(lora.schedule, options))
+        texts = [(item.text, sid) for item, sid in zip(items, sids, strict=True) if item.text.strip()]
+        generator = LoraLM.train(
+            trained, held_out, *shape, lora, seed, on_progress=progress, resume=resume, texts=texts
+        )
+    else:
+        small = SmallLMConfig(options.history, decoding=decoding)
+        small = replace(small, schedule=_schedule(small.schedule, options))
+        generator = SmallLM.train(trained, held_out, *shape, small, seed, on_progress=progress, resume=resume)
     return generator, [users[i] for i in order[:held]]
+
+
+def _schedule(default: Schedule, options: FitOptions) -> Schedule:
+    epochs = default.epochs if options.epochs is None else options.epochs
+    return replace(default, epochs=epochs, downsample_threshold=options.downsample_threshold)
 
 
 def _calibration(

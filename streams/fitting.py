@@ -48,6 +48,7 @@ def fit_records(
     generator = settings.generator
     options = FitOptions(
         generator=generator.kind,
+        base_model=generator.base_model,
         quantiser=settings.codes.kind,
         levels=settings.codes.levels,
         codebook_size=settings.codes.codebook_size,

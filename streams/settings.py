@@ -70,10 +70,11 @@ class CodesSettings(Section):
 
 
 class GeneratorSettings(Section):
-    kind: Literal["small-lm", "history"] = "small-lm"
+    kind: Literal["small-lm", "lora-lm", "history"] = "small-lm"
+    base_model: str = Field("smollm2", description="of lora-lm: smollm2, or any causal LM by directory or hub name")
     beams: int = Field(10, ge=1, le=200, description="anchors a user, K")
     history: int = Field(50, ge=1, description="most recent positives read by the generator")
-    epochs: int = Field(20, ge=1)
+    epochs: int | None = Field(None, ge=1, description="most passes over the sequences; None: what suits the kind")
     downsample_threshold: float = Field(
         1e-3, gt=0, description="t in min(1, sqrt(t / f)): keep probability of an item with frequency f"
     )

@@ -90,7 +90,7 @@ class AnchorGenerator(Protocol):
     """Anything that answers a user's history with expected SIDs.
 
     Implementations are immutable after construction and deterministic: one history, trie and beam count give one
-    answer, whatever else is in the call.
+    answer, whatever else is in the call (`LoraLM` decodes in batches and keeps this up to float rounding).
     """
 
     @property
@@ -130,6 +130,7 @@ def load_generator(directory: Path) -> AnchorGenerator:
     """
     # Imported here: implementations import this module, and reading history clusters should not need the LM.
     from gpl.anchors.history import HistoryClusters
+    from gpl.anchors.lora_lm import LoraLM
     from gpl.anchors.small_lm import SmallLM
 
     path = directory / GENERATOR_FILE
@@ -143,4 +144,7 @@ def load_generator(directory: Path) -> AnchorGenerator:
         return SmallLM.load(directory)
     if kind == HistoryClusters.kind:
         return HistoryClusters.load(directory)
-    raise ValueError(f'{path}: kind {kind!r} is unknown; it must be "{SmallLM.kind}" or "{HistoryClusters.kind}"')
+    if kind == LoraLM.kind:
+        return LoraLM.load(directory)
+    known = ", ".join(cls.kind for cls in (SmallLM, LoraLM, HistoryClusters))
+    raise ValueError(f"{path}: kind {kind!r} is unknown; it must be one of {known}")

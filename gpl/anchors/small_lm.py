@@ -19,6 +19,7 @@ from torch import Tensor
 from gpl.anchors.base import GENERATOR_FILE, Beams, History
 from gpl.anchors.beam import Decoding, as_beams, beam_search, closed_nodes
 from gpl.anchors.sampling import IntArray
+from gpl.anchors.sids import check_sids, check_trie
 from gpl.anchors.training import PADDING, Progress, Resume, Schedule, padded, train
 from gpl.anchors.transformer import Shape, SidTransformer
 from gpl.codes.trie import SidTrie
@@ -109,7 +110,7 @@ class SmallLM:
             raise ValueError("sequences: no items to train on")
         for name, group in (("sequences", sequences), ("validation", validation)):
             for at, sequence in enumerate(group):
-                _check_sids(sequence, levels, codebook_size, f"{name}[{at}]")
+                check_sids(sequence, levels, codebook_size, f"{name}[{at}]")
         shape = Shape(levels, codebook_size, config.history, config.dim, config.layers, config.heads)
         device = torch.device(device)
         # Initialisation and dropout draw from torch's global generator: it is borrowed, and given back as it was.
@@ -132,11 +133,7 @@ class SmallLM:
     def generate(self, histories: Sequence[History], trie: SidTrie, beams: int) -> list[Beams]:
         """One `Beams` a history, in order; see `AnchorGenerator`. An empty history asks for what people start with."""
         shape = self.shape
-        if (trie.levels, trie.codebook_size) != (shape.levels, shape.codebook_size):
-            raise ValueError(
-                f"trie: {trie.levels} levels of {trie.codebook_size} codes, "
-                f"the generator was trained on {shape.levels} of {shape.codebook_size}"
-            )
+        check_trie(trie, shape.levels, shape.codebook_size)
         device = self._model.offsets.device
         trie = trie.to(device)
         return [self._generate(history, trie, beams, device) for history in histories]
@@ -144,7 +141,7 @@ class SmallLM:
     def _generate(self, history: History, trie: SidTrie, beams: int, device: torch.device) -> Beams:
         model = self._model
         recent = history.last(self.shape.history).sids
-        _check_sids(recent, self.shape.levels, self.shape.codebook_size, "history")
+        check_sids(recent, self.shape.levels, self.shape.codebook_size, "history")
         items = model.embed(torch.from_numpy(recent.astype(np.int64)).to(device)).sum(dim=1)
         context = model.context(items.unsqueeze(0))[:, -1]
         sids, logprobs = beam_search(
@@ -197,12 +194,3 @@ def _version(model: SidTransformer, decoding: Decoding) -> str:
     for name, tensor in sorted(_weights(model).items()):
         digest.update(name.encode() + b"\0" + tensor.numpy().astype("<f4").tobytes())
     return f"{SmallLM.kind}-{digest.hexdigest()[:12]}"
-
-
-def _check_sids(sids: IntArray, levels: int, codebook_size: int, name: str) -> None:
-    if sids.ndim != 2 or sids.shape[1] != levels:
-        raise ValueError(f"{name}: shape {sids.shape}, expected (n, {levels})")
-    wrong = (sids < 0) | (sids >= codebook_size)
-    if wrong.any():
-        row, level = np.argwhere(wrong)[0]
-        raise ValueError(f"{name}[{row}][{level}]: {sids[row, level]}, expected 0 to {codebook_size - 1}")
