@@ -28,7 +28,12 @@ HALTED = Gauge("gpl_halted", "1: the consumer has halted because too many record
 STATE_RECORDS_SKIPPED = Counter(
     "gpl_state_records_skipped_total", "Records of state topics that could not be used", ["topic"]
 )
-HEARTBEAT = Gauge("gpl_heartbeat_timestamp_seconds", "When a processing loop last made progress", ["loop"])
+HEARTBEAT = Gauge(
+    "gpl_heartbeat_timestamp_seconds",
+    "When a processing loop last made progress",
+    ["loop"],
+    multiprocess_mode="livemin",
+)
 CONSUMER_LAG = Gauge("gpl_consumer_lag", "Records behind the end of a partition", ["topic", "partition"])
 
 # Profiles and anchors.
@@ -102,13 +107,25 @@ PUBLICATIONS_REFUSED = Counter("gpl_publications_refused_total", "Models that th
 PUBLICATION_BLOCKED = Gauge("gpl_publication_blocked", "1 while the last attempt to publish was refused")
 MODEL_AGE = Gauge("gpl_model_age_seconds", "Age, at publication, of the newest event in the published model")
 
-# Scorer.
+# Scorer. With several processes behind one port a scrape adds them up; of a time it takes the oldest.
 SCORE_SECONDS = Histogram(
     "gpl_score_seconds", "One score call", buckets=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
 )
 SCORE_REQUESTS = Counter("gpl_score_requests_total", "Score requests over HTTP", ["status"])
+SCORE_CANDIDATES = Counter("gpl_score_candidates_total", "Candidates of score calls")
+SCORE_UNKNOWN = Counter(
+    "gpl_score_unknown_total", "Candidates without a vector; calls whose user the model, or the anchors, lack", ["what"]
+)
 MODEL_RELOADS = Counter("gpl_model_reloads_total", "Models taken into service")
+MODEL_RELOAD_SECONDS = Histogram(
+    "gpl_model_reload_seconds", "Reading a model and laying it out, while the one before serves", buckets=_DELAYS
+)
 MODELS_REFUSED = Counter("gpl_models_refused_total", "Announced models that the scorer could not take into service")
+SERVED_MODEL_TIME = Gauge(
+    "gpl_served_model_timestamp_seconds",
+    "When the model in service was published",
+    multiprocess_mode="livemin",
+)
 
 
 class Health:

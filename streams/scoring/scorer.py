@@ -1,7 +1,14 @@
 """``Scorer``: the served model, the catalogue's vectors and the users' anchors in memory, and ``score``.
 
-All three come from compacted topics, which one thread follows. A request takes the model as one immutable snapshot,
-so it never sees two versions; a model that fails its checks is refused and the old one stays in service.
+All three come from compacted topics, which one thread follows. A request takes the model as one snapshot, so it never
+sees two versions; a model that fails its checks is refused and the old one stays in service.
+
+Who or what the model does not know:
+
+- a user that it was not trained on is scored as its default user, with the user's own anchors where there are any;
+- a user without anchors is scored without the cross input, by the weight that the model learnt for such users;
+- an item that it was not trained on is scored from its content, from the moment the catalogue has its vector;
+- an item that the catalogue does not know has nothing to be scored by: it comes last, with null for a score.
 """
 
 from __future__ import annotations
@@ -18,18 +25,19 @@ import numpy as np
 import structlog
 
 from gpl.catalogue import Catalogue
-from gpl.labels import labeller
-from gpl.labels.labeller import PreparedAnchors
-from gpl.preranker.ids import IdTable
-from gpl.preranker.model import PreRanker
 from streams import metrics, models
-from streams.contracts import ModelUpdate, UserAnchors, decode
+from streams.contracts import ItemVector, ModelUpdate, decode
 from streams.frame import Frame
 from streams.log_view import Handler, LogView
-from streams.settings import LabelSettings, Settings
-from streams.views import CatalogueView, labeller_config, prepared_anchors
+from streams.scoring.anchors import AnchorCache, anchor_scores
+from streams.scoring.served import Served
+from streams.settings import Settings
+from streams.views import CatalogueView
 
 log = structlog.get_logger()
+
+WARM_UP_CALLS = 20
+"""Scored before readiness, so that no request pays for first touches of memory and libraries."""
 
 
 class NotReadyError(RuntimeError):
@@ -38,53 +46,19 @@ class NotReadyError(RuntimeError):
 
 @dataclass(frozen=True)
 class Scored:
-    """Candidates ranked best first. ``scores``: the model's logits, parallel to ``items``.
+    """Candidates ranked best first; equal scores in the order of the request.
 
-    ``unknown``: candidates without a vector in the catalogue; they are the last of ``items``, in the order in which
-    they came, with null for a score.
+    ``scores``: the model's logits, parallel to ``items``. ``unknown``: candidates without a vector in the catalogue;
+    they are the last of ``items``, in the order in which they came, with null for a score.
+    ``known_user``: false when the model scored its default user. ``anchors``: whether the user's anchors were used.
     """
 
     model_version: str
     items: list[str]
     scores: list[float | None]
     unknown: list[str]
-
-
-@dataclass(frozen=True)
-class _Served:
-    version: str
-    network: PreRanker
-    users: IdTable
-    items: IdTable
-
-
-class AnchorCache:
-    """Handler for ``user-anchors``: the newest anchors of each user, ready to match as the labels role matches them."""
-
-    def __init__(self, settings: LabelSettings, frame: Frame) -> None:
-        self._config = labeller_config(settings)
-        self._frame = frame
-        self._by_user: dict[str, tuple[int, PreparedAnchors]] = {}
-
-    def __call__(self, record: Any) -> None:
-        if record.value is None:
-            self._by_user.pop(record.key.decode(), None)
-            return
-        anchors = decode(UserAnchors, record.value)
-        if (anchors.encoder, anchors.quantiser) != (self._frame.encoder, self._frame.quantiser):
-            return
-        held = self._by_user.get(anchors.user_id)
-        if held is not None and held[0] > anchors.ts:
-            return
-        if not anchors.logprob:
-            self._by_user.pop(anchors.user_id, None)
-            return
-        prepared = prepared_anchors(anchors, self._frame.dim, self._frame.levels, self._config)
-        self._by_user[anchors.user_id] = (anchors.ts, prepared)
-
-    def of(self, user_id: str) -> PreparedAnchors | None:
-        held = self._by_user.get(user_id)
-        return None if held is None else held[1]
+    known_user: bool
+    anchors: bool
 
 
 class Scorer:
@@ -101,12 +75,12 @@ class Scorer:
         self._catalogue = Catalogue(frame.dim, frame.levels)
         self._anchors = AnchorCache(settings.labels, frame)
         self._announced: ModelUpdate | None = None
-        self._served: _Served | None = None
-        self._lock = threading.Lock()  # the catalogue and the anchors; never held while a model is read or run
+        self._served: Served | None = None
+        self._lock = threading.Lock()  # of all state below scores; never held while a model is read
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._health.wait_for("model")
-        catalogue = CatalogueView(self._catalogue, frame.dim, frame.encoder, frame.quantiser)
+        catalogue = CatalogueView(self._catalogue, frame.dim, frame.encoder, frame.quantiser, self._item_changed)
         self.handlers: Mapping[str, Handler] = {
             "item-vectors": self._guarded(catalogue),
             "user-anchors": self._guarded(self._anchors),
@@ -122,7 +96,8 @@ class Scorer:
     def start(self) -> None:
         """Follow the topics in a thread. Raises ValueError when one of them does not exist."""
         view = LogView(self._settings.kafka, self.handlers)
-        self._health.wait_for("views")
+        for part in ("views", "warm-up"):
+            self._health.wait_for(part)
         self._thread = threading.Thread(target=self._follow, args=(view,), name="scorer-views", daemon=True)
         self._thread.start()
 
@@ -140,63 +115,82 @@ class Scorer:
         self.close()
 
     def score(self, user_id: str, candidates: Sequence[str]) -> Scored:
-        """Rank ``candidates`` for a user. A user without id or anchors in the model falls back to the default user.
-
-        Raises NotReadyError before the first model is in service.
-        """
-        served = self._served
-        if served is None:
-            raise NotReadyError("no model is in service yet")
+        """Rank ``candidates`` for a user. Raises NotReadyError before the first model is in service."""
         started = time.perf_counter()
+        # One lock for the version, the rows and what stands in them: nothing can move in between.
         with self._lock:
+            served = self._served
+            if served is None:
+                raise NotReadyError("no model is in service yet")
             rows = self._catalogue.rows(candidates)
-            vectors = self._catalogue.vectors[rows[rows >= 0]]
+            unknown: list[str] = []
+            known = candidates
+            if len(rows) and rows.min() < 0:
+                known = [candidates[i] for i in np.flatnonzero(rows >= 0).tolist()]
+                unknown = [candidates[i] for i in np.flatnonzero(rows < 0).tolist()]
+                rows = rows[rows >= 0]
+            towers = served.towers(user_id, rows)
             anchors = self._anchors.of(user_id)
-        known = [candidates[i] for i in np.flatnonzero(rows >= 0).tolist()]
-        unknown = [candidates[i] for i in np.flatnonzero(rows < 0).tolist()]
-        cross = None if anchors is None else labeller.score(anchors, vectors)[0]
-        logits = served.network.score(served.users.row(user_id), served.items.rows(known), vectors, cross)
+            vectors = None if anchors is None else self._catalogue.vectors.take(rows, axis=0)
+        cross = None if anchors is None or vectors is None else anchor_scores(anchors, vectors)
+        logits = served.logits(towers, cross)
         order = np.argsort(-logits, kind="stable")
+        known_user = served.knows(user_id)
         metrics.SCORE_SECONDS.observe(time.perf_counter() - started)
+        metrics.SCORE_CANDIDATES.inc(len(candidates))
+        metrics.SCORE_UNKNOWN.labels("candidate").inc(len(unknown))
+        metrics.SCORE_UNKNOWN.labels("user").inc(not known_user)
+        metrics.SCORE_UNKNOWN.labels("anchors").inc(anchors is None)
         return Scored(
             model_version=served.version,
-            items=[known[i] for i in order] + unknown,
+            items=[*map(known.__getitem__, order.tolist()), *unknown],
             scores=[*logits[order].tolist(), *([None] * len(unknown))],
             unknown=unknown,
+            known_user=known_user,
+            anchors=anchors is not None,
         )
 
     def refresh(self) -> None:
-        """Take the model that was announced last into service, unless it is there already. Refuses a bad one."""
+        """Take the model that was announced last into service, unless it is there already. Refuses a bad one.
+
+        To be called by the thread that feeds the handlers: the catalogue must not change meanwhile.
+        """
         update = self._announced
         if update is None:
             return
         self._announced = None
+        if update.version == self.model_version:
+            return
+        started = time.perf_counter()
         try:
-            served = self._load(update)
+            served = Served.load(update, self._frame, self._catalogue)
         except (models.ModelError, ValueError) as error:
             metrics.MODELS_REFUSED.inc()
             log.error("model_refused", version=update.version, why=str(error), in_service=self.model_version)
             return
-        self._served = served
+        with self._lock:
+            self._served = served
         metrics.MODEL_RELOADS.inc()
+        metrics.MODEL_RELOAD_SECONDS.observe(time.perf_counter() - started)
+        metrics.SERVED_MODEL_TIME.set(served.published_at / 1000)
         self._health.done("model")
         log.info("model_in_service", version=served.version)
 
-    def _load(self, update: ModelUpdate) -> _Served:
-        published = models.read(update.uri, update.checksum)
-        manifest = published.manifest
-        space = (manifest.encoder, manifest.quantiser)
-        if space != (self._frame.encoder, self._frame.quantiser):
-            raise models.ModelError(f"encoder, quantiser: {space}, this scorer serves another space")
-        network = PreRanker(self._frame.dim, int(manifest.config["dim"]), seed=0)
-        network.load_state_tensors(published.weights)
-        users, items = IdTable.from_list(published.ids.users), IdTable.from_list(published.ids.items)
-        if (len(users) + 1, len(items) + 1) != (network.n_users, network.n_items):
-            raise models.ModelError(
-                f"ids: {len(users)} users and {len(items)} items for tables of {network.n_users} and "
-                f"{network.n_items} rows"
-            )
-        return _Served(manifest.version, network, users, items)
+    def warm_up(self) -> None:
+        """Score what the catalogue holds, without counting it, so that the first request is as fast as any."""
+        served, ids = self._served, self._catalogue.ids()[: self._settings.serve.max_candidates]
+        if served is None or not ids:
+            return
+        vectors = self._catalogue.vectors
+        for _ in range(WARM_UP_CALLS):
+            rows = self._catalogue.rows(ids)
+            vectors.take(rows, axis=0) @ vectors[:1].T
+            np.argsort(served.logits(served.towers("", rows), None), kind="stable")
+
+    def _item_changed(self, item_id: str, item: ItemVector | None) -> None:
+        if self._served is not None and item is not None:
+            row = int(self._catalogue.rows([item_id])[0])
+            self._served.put(item_id, row, self._catalogue.vectors[row])
 
     def _announce(self, record: Any) -> None:
         if record.key == self._settings.trainer.model_name.encode() and record.value is not None:
@@ -220,6 +214,9 @@ class Scorer:
                 if view.caught_up():
                     self.refresh()
                     self._health.done("views")
+                    if self._served is not None and "warm-up" in self._health.waiting():
+                        self.warm_up()
+                        self._health.done("warm-up")
                 self._health.beat("scorer")
         except Exception:
             log.exception("scorer_views_stopped")  # the heartbeat stops with it, so /health tells

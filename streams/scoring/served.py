@@ -1,0 +1,77 @@
+"""A model in service: one published version, with its item side laid out along the rows of the catalogue."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gpl.catalogue import Catalogue
+from gpl.labels.matching import Floats, Ints
+from gpl.preranker.ids import IdTable
+from gpl.preranker.model import PreRanker
+from streams import models
+from streams.contracts import ModelUpdate
+from streams.frame import Frame
+
+
+class Served:
+    """Everything that a score needs of one version. A request that holds it cannot meet another version.
+
+    ``item_side`` follows the catalogue's rows, so a candidate is looked up once, and its tower is a row to gather.
+    Whoever changes the catalogue calls ``put`` for the changed item. Not thread-safe.
+    """
+
+    def __init__(self, version: str, published_at: int, network: PreRanker, users: IdTable, items: IdTable) -> None:
+        self.version = version
+        self.published_at = published_at
+        self._network = network
+        self._users = users
+        self._items = items
+        self._side: Floats = np.zeros((0, 0), np.float32)
+
+    @classmethod
+    def load(cls, update: ModelUpdate, frame: Frame, catalogue: Catalogue) -> Served:
+        """Read an announced model and lay it out. Raises ModelError or ValueError saying what does not fit."""
+        published = models.read(update.uri, update.checksum)
+        manifest = published.manifest
+        space = (manifest.encoder, manifest.quantiser)
+        if space != (frame.encoder, frame.quantiser):
+            raise models.ModelError(f"encoder, quantiser: {space}, this scorer serves another space")
+        network = PreRanker(frame.dim, int(manifest.config["dim"]), seed=0)
+        network.load_state_tensors(published.weights)
+        users, items = IdTable.from_list(published.ids.users), IdTable.from_list(published.ids.items)
+        if (len(users) + 1, len(items) + 1) != (network.n_users, network.n_items):
+            raise models.ModelError(
+                f"ids: {len(users)} users and {len(items)} items for tables of {network.n_users} and "
+                f"{network.n_items} rows"
+            )
+        served = cls(manifest.version, manifest.published_at, network, users, items)
+        served._lay_out(catalogue)
+        return served
+
+    def put(self, item_id: str, row: int, vector: Floats) -> None:
+        """The catalogue has put an item (dim,) into a row: from now on it scores from this content."""
+        if row >= len(self._side):
+            larger = np.zeros((max(2 * len(self._side), row + 1), self._side.shape[1]), np.float32)
+            larger[: len(self._side)] = self._side
+            self._side = larger
+        self._side[row] = self._network.item_side(self._items.rows([item_id]), vector[None])[0]
+
+    def knows(self, user_id: str) -> bool:
+        """Whether the model has a row of this user; another is scored as the default user."""
+        return user_id in self._users
+
+    def towers(self, user_id: str, rows: Ints) -> Floats:
+        """What the towers say (n,) of the items in catalogue rows (n,)."""
+        towers: Floats = self._side.take(rows, axis=0) @ self._network.user_side(self._users.row(user_id))
+        return towers
+
+    def logits(self, towers: Floats, anchor_score: Floats | None) -> Floats:
+        """Logits (n,) from ``towers`` and the raw anchor scores (n,), None for a user without anchors."""
+        return self._network.combine(towers, anchor_score)
+
+    def _lay_out(self, catalogue: Catalogue) -> None:
+        ids, vectors = catalogue.ids(), catalogue.vectors
+        rows = catalogue.rows(ids)
+        item_row = np.zeros(len(vectors), np.int64)
+        item_row[rows] = self._items.rows(ids)
+        self._side = self._network.item_side(item_row, vectors)
