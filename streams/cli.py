@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from streams import contracts
+from streams.bench.command import app as bench_app
 from streams.broker.command import app as broker_app
 from streams.data_command import validate
 from streams.demo.command import demo
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="The configuration in force.", no_args_is_help=True)
 app.add_typer(broker_app, name="broker")
+app.add_typer(bench_app, name="bench")
 app.add_typer(topics_app, name="topics")
 app.add_typer(models_app, name="models")
 app.add_typer(config_app, name="config")
@@ -104,11 +106,11 @@ def train(
 @app.command()
 def serve(config: ConfigOption = None) -> None:
     """Serve scores over HTTP."""
-    from streams.scoring import server
+    from streams.scoring import processes
 
     settings = load(config)
     with _clear_errors():
-        server.run(settings)
+        processes.run(settings)
 
 
 @app.command()

@@ -201,7 +201,9 @@ class TrainerSettings(Section):
 class ServeSettings(Section):
     host: str = "127.0.0.1"
     port: int = Field(8080, ge=0, le=65535)
+    workers: int = Field(1, ge=1, description="processes behind the port, each with the model in its memory")
     max_candidates: int = Field(10_000, ge=1)
+    max_concurrency: int = Field(1000, ge=1, description="connections or requests of a process above which it says 503")
 
 
 class MetricsSettings(Section):

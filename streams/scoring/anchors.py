@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from gpl.labels.labeller import PreparedAnchors
-from gpl.labels.matching import Floats, softmax
+from gpl.labels.matching import Floats, Ints, softmax
 from streams.contracts import UserAnchors, decode
 from streams.frame import Frame
+from streams.scoring.gather import gathered_product
 from streams.settings import LabelSettings
 from streams.views import labeller_config, prepared_anchors
 
@@ -46,13 +47,13 @@ class AnchorCache:
         return None if held is None else held[1]
 
 
-def anchor_scores(prepared: PreparedAnchors, items: Floats) -> Floats:
-    """Raw anchor scores (n,) of ``items`` (n, d), unit rows: those of ``labeller.score`` to about 1e-6.
+def anchor_scores(prepared: PreparedAnchors, vectors: Floats, rows: Ints) -> Floats:
+    """Raw anchor scores (n,) of the items in ``rows`` (n,) of ``vectors`` (N, d), unit rows.
 
-    Labels are made in blocks of one shape, so that a score is the same bit for bit in any company. A server does not
-    need that, and one product of all candidates costs half.
+    Those of ``labeller.score`` to about 1e-6. Labels are made in blocks of one shape, so that a score is the same bit
+    for bit in any company. A server does not need that, and plain products cost half.
     """
-    cos = items @ prepared.vectors.T
+    cos = gathered_product(vectors, rows, prepared.vectors.T)
     np.clip(cos, -1.0, 1.0, out=cos)
     if prepared.config.matching == "max":
         # Column by column: numpy reduces a short last axis slowly.

@@ -30,6 +30,7 @@ from streams.contracts import ItemVector, ModelUpdate, decode
 from streams.frame import Frame
 from streams.log_view import Handler, LogView
 from streams.scoring.anchors import AnchorCache, anchor_scores
+from streams.scoring.gather import gathered_product
 from streams.scoring.served import Served
 from streams.settings import Settings
 from streams.views import CatalogueView
@@ -131,8 +132,7 @@ class Scorer:
                 rows = rows[rows >= 0]
             towers = served.towers(user_id, rows)
             anchors = self._anchors.of(user_id)
-            vectors = None if anchors is None else self._catalogue.vectors.take(rows, axis=0)
-        cross = None if anchors is None or vectors is None else anchor_scores(anchors, vectors)
+            cross = None if anchors is None else anchor_scores(anchors, self._catalogue.vectors, rows)
         logits = served.logits(towers, cross)
         order = np.argsort(-logits, kind="stable")
         known_user = served.knows(user_id)
@@ -184,8 +184,8 @@ class Scorer:
         vectors = self._catalogue.vectors
         for _ in range(WARM_UP_CALLS):
             rows = self._catalogue.rows(ids)
-            vectors.take(rows, axis=0) @ vectors[:1].T
-            np.argsort(served.logits(served.towers("", rows), None), kind="stable")
+            gathered_product(vectors, rows, vectors[:10].T)
+            np.argsort(-served.logits(served.towers("", rows), None), kind="stable")
 
     def _item_changed(self, item_id: str, item: ItemVector | None) -> None:
         if self._served is not None and item is not None:

@@ -1,102 +1,82 @@
-"""``gpl serve``: the scorer over HTTP.
+"""The scorer over HTTP: one application, made for one process.
 
 ``POST /v1/score`` ranks candidates; ``/health``, ``/ready`` and ``/metrics`` answer on the same port; ``/docs`` is the
-OpenAPI page. Before a model is in service the answer is 503.
+OpenAPI page. Before a model is in service the answer is 503. Scoring runs in the event loop: it is shorter than
+the way to another thread and back. Bodies are decoded, checked and encoded by msgspec; pydantic's validation of 500 ids
+and back cost more than their scores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+import os
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
 
-import uvicorn
+import msgspec
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi.openapi.utils import get_openapi
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from streams import metrics
+from streams.contracts import Id
 from streams.scoring.scorer import NotReadyError, Scorer
-from streams.settings import ServeSettings, Settings
+from streams.settings import ServeSettings
 
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
+"""Environment variable of prometheus_client: where processes behind one port leave their figures."""
 
 _ID_BYTES = 4 * 256 + 8
 """An id of 256 characters as JSON at its longest, with quotes and comma."""
 
-Id = Annotated[str, Field(min_length=1, max_length=256)]
 
-
-class ScoreRequest(BaseModel):
+class ScoreRequest(msgspec.Struct, forbid_unknown_fields=True):
     """At most ``serve.max_candidates`` candidates."""
 
-    model_config = ConfigDict(extra="forbid")
-
     user_id: Id
-    candidates: Annotated[list[Id], Field(min_length=1)]
+    candidates: Annotated[list[Id], msgspec.Meta(min_length=1)]
 
 
-class ScoreResponse(BaseModel):
-    """``items``: best first; ``scores``: logits, parallel to ``items``, null for the ``unknown`` ones at the end."""
+class ScoreResponse(msgspec.Struct):
+    """``items``: best first; ``scores``: logits, parallel to ``items``, null for the ``unknown`` ones at the end.
+
+    ``known_user``: false when the model has not met the user and scored its default user. ``anchors``: whether the
+    user's interest anchors were used.
+    """
 
     model_version: str
     items: list[str]
     scores: list[float | None]
     unknown: list[str]
+    known_user: bool
+    anchors: bool
+
+
+class Problem(msgspec.Struct, omit_defaults=True):
+    """``error``: what is wrong, with the value. ``field``: where, if it is one field of the request."""
+
+    error: str
+    field: str | None = None
+
+
+class RequestError(ValueError):
+    """A request that cannot be answered: ``status``, the field at fault where there is one, and why."""
+
+    def __init__(self, status: int, field: str | None, why: str) -> None:
+        super().__init__(why if field is None else f"{field}: {why}")
+        self.status = status
+        self.field = field
+
+
+_decode = msgspec.json.Decoder(ScoreRequest).decode
+_encode = msgspec.json.Encoder().encode
 
 
 def create_app(scorer: Scorer, settings: ServeSettings, health: metrics.Health) -> FastAPI:
     """The application over a scorer, which it starts and closes with its own life."""
 
-    app = FastAPI(title="gpl scorer", version="1", lifespan=_lifespan(scorer))
-    app.middleware("http")(_limit_body(settings.max_candidates * _ID_BYTES + 4096))
-    app.exception_handler(RequestValidationError)(_invalid)
-    app.exception_handler(NotReadyError)(_not_ready)
-
-    # Not async: scoring is arithmetic, and in a worker thread it leaves the event loop free.
-    @app.post("/v1/score", response_model=ScoreResponse)
-    def score(request: ScoreRequest) -> Response:
-        count = len(request.candidates)
-        if count > settings.max_candidates:
-            return _refused(422, "candidates", f"{count} entries, at most {settings.max_candidates} are scored at once")
-        scored = scorer.score(request.user_id, request.candidates)
-        metrics.SCORE_REQUESTS.labels("200").inc()
-        # Built from checked values: a second validation on the way out would cost as much as the scoring.
-        return JSONResponse(
-            {
-                "model_version": scored.model_version,
-                "items": scored.items,
-                "scores": scored.scores,
-                "unknown": scored.unknown,
-            }
-        )
-
-    @app.get("/health")
-    def healthy() -> Response:
-        return _verdict("stalled", health.stalled())
-
-    @app.get("/ready")
-    def ready() -> Response:
-        return _verdict("waiting", health.waiting())
-
-    @app.get("/metrics")
-    def exported() -> Response:
-        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
-
-    return app
-
-
-def run(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT; requests in flight are answered."""
-    health = metrics.Health()
-    app = create_app(Scorer(settings, health=health), settings.serve, health)
-    uvicorn.run(app, host=settings.serve.host, port=settings.serve.port, log_level="warning", access_log=False)
-
-
-def _lifespan(scorer: Scorer) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         scorer.start()
@@ -105,38 +85,117 @@ def _lifespan(scorer: Scorer) -> Callable[[FastAPI], AbstractAsyncContextManager
         finally:
             scorer.close()
 
-    return lifespan
+    app = FastAPI(title="gpl scorer", version="1", lifespan=lifespan)
+    app.openapi = lambda: _openapi(app, settings)  # type: ignore[method-assign]
+    limit = settings.max_candidates * _ID_BYTES + 4096
+    answered = metrics.SCORE_REQUESTS.labels("200")
+
+    @app.post("/v1/score", response_class=Response)
+    async def score(request: Request) -> Response:
+        """Rank candidates for a user."""
+        try:
+            wanted = _parse(await _body(request, limit), settings.max_candidates)
+            content = _encode(scorer.score(wanted.user_id, wanted.candidates))
+        except RequestError as error:
+            return _refused(error.status, error.field, str(error))
+        except NotReadyError as error:
+            return _refused(503, None, str(error))
+        answered.inc()
+        return Response(content, media_type="application/json")
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> Response:
+        # Logged with its traceback by the server.
+        return _refused(500, None, f"internal error: {type(error).__name__}")
+
+    @app.get("/health")
+    async def healthy() -> Response:
+        """200 while the loop that follows the log makes progress."""
+        return _verdict("stalled", health.stalled())
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """200 once state is read, a model is in service and warm."""
+        return _verdict("waiting", health.waiting())
+
+    @app.get("/metrics")
+    async def exported() -> Response:
+        """Prometheus figures, of all processes behind the port."""
+        return Response(_exposition(), media_type=CONTENT_TYPE_LATEST)
+
+    return app
 
 
-def _limit_body(limit: int) -> Callable[[Request, Callable[[Request], Awaitable[Response]]], Awaitable[Response]]:
-    async def check(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        if request.method == "POST":
-            length = request.headers.get("content-length", "")
-            if not length.isdigit():
-                return _refused(411, "content-length", "the length of the body must be stated")
-            if int(length) > limit:
-                return _refused(413, "content-length", f"{length} bytes, at most {limit} are read")
-        return await call_next(request)
-
-    return check
-
-
-async def _invalid(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    found = error.errors()[0]
-    field = ".".join(str(part) for part in found["loc"] if part != "body") or "body"
-    return _refused(422, field, found["msg"])
+async def _body(request: Request, limit: int) -> bytes:
+    stated = request.headers.get("content-length", "0")
+    if stated.isdigit() and int(stated) > limit:
+        raise RequestError(413, "content-length", f"{stated} bytes, at most {limit} are read")
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > limit:
+            raise RequestError(413, "body", f"more than {limit} bytes, at most so many are read")
+        parts.append(part)
+    return b"".join(parts)
 
 
-async def _not_ready(_: Request, error: Exception) -> Response:
-    return _refused(503, None, str(error))
+_AT = re.compile(r"^(?P<why>.*) - at `\$\.?(?P<field>.*)`$")
+_NAMED = re.compile(r"field `(?P<field>[^`]*)`")
+
+
+def _parse(body: bytes, max_candidates: int) -> ScoreRequest:
+    try:
+        request = _decode(body)
+    except msgspec.ValidationError as error:
+        # "Expected `str`, got `int` - at `$.candidates[1]`", "Object missing required field `user_id`"
+        found = _AT.match(str(error)) or _NAMED.search(str(error))
+        why = found["why"] if found and "why" in found.groupdict() else str(error)
+        raise RequestError(422, (found and found["field"]) or "body", why) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise RequestError(400, "body", f"no JSON: {error}") from error
+    count = len(request.candidates)
+    if count > max_candidates:
+        raise RequestError(422, "candidates", f"{count} entries, at most {max_candidates} are scored at once")
+    return request
 
 
 def _refused(status: int, field: str | None, why: str) -> Response:
     metrics.SCORE_REQUESTS.labels(str(status)).inc()
-    content: dict[str, Any] = {"error": why} if field is None else {"error": f"{field}: {why}", "field": field}
-    return JSONResponse(content, status_code=status)
+    headers = {"retry-after": "1"} if status == 503 else {"connection": "close"} if status == 413 else None
+    return Response(_encode(Problem(why, field)), status, headers, "application/json")
 
 
 def _verdict(name: str, problems: list[str]) -> Response:
-    return JSONResponse({"ok": not problems, name: problems}, status_code=503 if problems else 200)
+    content = msgspec.json.encode({"ok": not problems, name: problems})
+    return Response(content, 503 if problems else 200, media_type="application/json")
+
+
+def _exposition() -> bytes:
+    if MULTIPROCESS not in os.environ:
+        return generate_latest()
+    every = CollectorRegistry()
+    MultiProcessCollector(every)  # type: ignore[no-untyped-call]
+    return generate_latest(every)
+
+
+def _openapi(app: FastAPI, settings: ServeSettings) -> dict[str, Any]:
+    if app.openapi_schema is not None:
+        return app.openapi_schema
+    types = (ScoreRequest, ScoreResponse, Problem)
+    schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    components["ScoreRequest"]["properties"]["candidates"]["maxItems"] = settings.max_candidates
+    wanted, answer, problem = ({"content": {"application/json": {"schema": schema}}} for schema in schemas)
+    document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    document["paths"]["/v1/score"]["post"].update(
+        requestBody={"required": True, **wanted},
+        responses={
+            "200": {"description": "Ranked, best first", **answer},
+            "400": {"description": "The body is no JSON", **problem},
+            "413": {"description": "The body is too long", **problem},
+            "422": {"description": "A field is missing, unknown or out of bounds", **problem},
+            "503": {"description": "No model is in service yet", **problem},
+        },
+    )
+    document.setdefault("components", {}).setdefault("schemas", {}).update(components)
+    app.openapi_schema = document
+    return document

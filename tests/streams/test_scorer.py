@@ -7,16 +7,22 @@ tests/integration/test_trainer_kafka.py.
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
+from gpl.labels import labeller
+from gpl.labels.labeller import PreparedAnchors
 from gpl.preranker.model import PreRanker
 from streams import models
 from streams.contracts import ItemVector, ModelUpdate, Record, UserAnchors, encode
 from streams.frame import Frame
 from streams.metrics import Health
+from streams.scoring.anchors import anchor_scores
 from streams.scoring.scorer import NotReadyError, Scorer
 from streams.settings import Settings, TrainerSettings
 from streams.views import vector_bytes
@@ -183,6 +189,43 @@ def test_without_a_model_it_is_not_ready(world: World) -> None:
         world.scorer.score("u1", ["i1"])
     world.announce(world.model(5)[1])
     assert world.health.waiting() == []
+
+
+@given(
+    n=st.integers(1, 700),
+    anchors=st.integers(1, 11),
+    matching=st.sampled_from(["max", "kernel"]),
+    seed=st.integers(0, 99),
+)
+def test_anchor_scores_are_those_of_labels(n: int, anchors: int, matching: Any, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    config = labeller.Config(matching=matching)
+    logprobs = rng.normal(size=anchors).astype(np.float32)
+    prepared = PreparedAnchors.build(unit(anchors, seed), logprobs, np.ones(anchors, np.float32), LEVELS, config)
+    items, rows = unit(50, seed + 1), rng.integers(50, size=n)
+    np.testing.assert_allclose(
+        anchor_scores(prepared, items, rows), labeller.score(prepared, items[rows])[0], rtol=0, atol=2e-6
+    )
+
+
+def test_what_the_model_does_not_know_is_told(world: World) -> None:
+    world.announce(world.model(5)[1])
+    for user, known, anchors in (("u1", True, True), ("u2", True, False), ("nobody", False, False)):
+        scored = world.scorer.score(user, ["i1"])
+        assert (scored.known_user, scored.anchors) == (known, anchors)
+
+
+def test_the_catalogue_may_outgrow_the_layout_of_the_model(world: World) -> None:
+    network, update = world.model(5)
+    world.announce(update)
+    late = unit(1500, 11)
+    for n, vector in enumerate(late):
+        world.item(f"late-{n}", vector)
+    scored = world.scorer.score("u2", [f"late-{n}" for n in range(1500)])
+    assert scored.unknown == []
+    expected = network.score(2, np.zeros(1500, np.int64), late, None)
+    by_item = dict(zip(scored.items, scored.scores, strict=True))
+    assert [by_item[f"late-{n}"] for n in range(1500)] == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 def refusals() -> float:

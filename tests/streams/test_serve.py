@@ -96,6 +96,8 @@ def test_scores_come_ranked_with_the_version(client: TestClient, scorer: Scorer,
         "items": direct.items,
         "scores": direct.scores,
         "unknown": ["none"],
+        "known_user": False,
+        "anchors": False,
     }
     assert body["scores"][:3] == sorted(body["scores"][:3], reverse=True) and body["scores"][3] is None
 
@@ -119,8 +121,8 @@ def test_not_ready_until_a_model_is_loaded(client: TestClient, scorer: Scorer, t
         ({"user_id": "u"}, "candidates"),
         ({"user_id": "u", "candidates": []}, "candidates"),
         ({"user_id": "u", "candidates": "i0"}, "candidates"),
-        ({"user_id": "u", "candidates": ["i0", None]}, "candidates.1"),
-        ({"user_id": "u", "candidates": ["x" * 257]}, "candidates.0"),
+        ({"user_id": "u", "candidates": ["i0", None]}, "candidates[1]"),
+        ({"user_id": "u", "candidates": ["x" * 257]}, "candidates[0]"),
         ({"user_id": "u", "candidates": ["a", "b", "c", "d", "e", "f"]}, "candidates"),
         ({"user_id": "u", "candidates": ["i0"], "k": 3}, "k"),
     ],
@@ -136,9 +138,12 @@ def test_a_bad_request_is_told_which_field(
 
 def test_what_is_not_json_or_too_long_is_refused(client: TestClient) -> None:
     answer = client.post("/v1/score", content=b'{"user_id": ', headers={"content-type": "application/json"})
-    assert answer.status_code == 422
+    assert (answer.status_code, answer.json()["field"]) == (400, "body")
+    assert client.post("/v1/score", content=b"\xff").status_code == 400
+    assert client.post("/v1/score", content=b"").status_code == 400
     assert client.post("/v1/score", content=b" " * 20_000).status_code == 413
-    assert client.post("/v1/score", content=iter([b"{}"])).status_code == 411
+    assert client.post("/v1/score", content=iter([b" " * 5000] * 4)).status_code == 413
+    assert client.post("/v1/score", content=iter([b"{}"])).json()["field"] == "user_id"
     assert client.get("/v1/score").status_code == 405
 
 

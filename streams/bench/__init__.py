@@ -1,0 +1,1 @@
+"""``gpl bench``: what the system does on this machine, measured through its real parts."""

@@ -1,0 +1,80 @@
+"""The ``gpl bench`` commands."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="What the system does on this machine, measured through its real parts.", no_args_is_help=True)
+
+
+@app.command()
+def serve(
+    items: Annotated[int, typer.Option(min=1, help="Catalogue.")] = 20_000,
+    users: Annotated[int, typer.Option(min=1, help="Users with anchors.")] = 2_000,
+    anchors: Annotated[int, typer.Option(min=1, help="A user.")] = 10,
+    dim: Annotated[int, typer.Option(min=1, help="Of the frozen space.")] = 384,
+    calls: Annotated[int, typer.Option(min=1, help="Of the library, for each figure.")] = 300,
+    candidates: Annotated[int, typer.Option(min=1, help="An HTTP request.")] = 500,
+    rate: Annotated[float, typer.Option(min=1, help="HTTP requests a second; they leave on a timetable.")] = 1000,
+    seconds: Annotated[float, typer.Option(min=1)] = 20,
+    connections: Annotated[int, typer.Option(min=1)] = 64,
+    workers: Annotated[int, typer.Option(min=1, help="Serving processes.")] = 2,
+    reload_every: Annotated[float, typer.Option(help="Seconds between new models in the second HTTP run.")] = 1.0,
+    http: Annotated[bool, typer.Option(help="Measure over HTTP too.")] = True,
+    broker: Annotated[str, typer.Option(help="auto, apache, or host:port.")] = "auto",
+) -> None:
+    """The scorer: latency of the library, and of HTTP requests with and without reloads.
+
+    The HTTP part starts a broker (unless given one), `gpl serve`, and a load generator, each in processes of their
+    own, on made-up vectors. All of them share this machine's cores, the generator included.
+    """
+    # One core, as the figures say; to be set before numpy is loaded.
+    import os
+
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = "1"
+    import numpy as np
+
+    from streams.bench import serve as bench
+    from streams.bench.http_load import Outcome
+    from streams.bench.synthetic import SyntheticState
+    from streams.broker import select
+    from streams.settings import KafkaSettings
+
+    state = SyntheticState(items, users, anchors, dim, seed=0)
+    typer.echo(f"{items:,} items x {dim}, {users:,} users with {anchors} anchors, {os.cpu_count()} cores")
+    with tempfile.TemporaryDirectory(prefix="gpl-bench-") as name:
+        directory = Path(name)
+        scorer = bench.loaded_scorer(state, directory / "library")
+        for count in (500, 5000):
+            for label, who in (("with anchors", state.users), ("without", ["nobody"])):
+                found = np.array(bench.library(scorer, state, count, calls, who)) * 1000
+                p50, p99 = np.percentile(found, [50, 99])
+                typer.echo(f"library, {count:>5,} candidates, {label:<12}  p50 {p50:6.2f} ms  p99 {p99:6.2f} ms")
+        if not http:
+            return
+        del scorer
+        kafka = KafkaSettings(prefix=f"bench-{os.getpid()}.")
+        with select.open_broker(select.choose(broker), kafka, directory / "broker") as opened:
+            kafka = kafka.model_copy(update={"bootstrap_servers": opened.bootstrap})
+            sent = bench.bodies(state, candidates, 500)
+            with bench.ServedSystem(kafka, state, directory, workers) as system:
+                for label, every in (("", None), (f", a new model every {reload_every:g} s", reload_every)):
+                    before = system.cpu_seconds()
+                    outcome: Outcome = system.load(sent, rate, seconds, connections, every)
+                    cpu = system.cpu_seconds() - before
+                    answered = len(outcome.seconds)
+                    typer.echo(
+                        f"HTTP, {candidates} candidates, {workers} processes, {connections} connections{label}\n"
+                        f"  {answered / outcome.duration:,.0f} of {rate:,.0f} requests/s   "
+                        f"p50 {outcome.milliseconds(50):.1f}  p95 {outcome.milliseconds(95):.1f}  "
+                        f"p99 {outcome.milliseconds(99):.1f} ms\n"
+                        f"  statuses {dict(outcome.statuses)}, connection errors {dict(outcome.errors)}, "
+                        f"{len(outcome.versions)} versions\n"
+                        f"  processor time a request: {cpu / max(answered, 1) * 1000:.2f} ms serving, "
+                        f"{outcome.cpu_seconds / max(answered, 1) * 1000:.2f} ms generating"
+                    )

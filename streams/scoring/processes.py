@@ -1,0 +1,122 @@
+"""``gpl serve``: the HTTP scorer in one process or in several behind one port.
+
+Each process binds the port for itself (SO_REUSEPORT: the kernel spreads connections), follows the log and reloads on
+its own; one that dies is started again. Their figures meet in a directory of prometheus_client, so a scrape of the
+port is of all of them.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
+
+import structlog
+import uvicorn
+from prometheus_client.multiprocess import mark_process_dead
+
+from streams import metrics
+from streams.frame import Frame
+from streams.scoring.scorer import Scorer
+from streams.scoring.server import MULTIPROCESS, create_app
+from streams.settings import Settings
+
+log = structlog.get_logger()
+
+GRACE_SECONDS = 10
+"""For requests in flight at the end."""
+RESTART_SECONDS = 1.0
+"""Between starts of a process that keeps dying."""
+SWITCH_SECONDS = 0.0005
+"""How long the thread that follows the log may keep the interpreter from a request; Python's default is 0.005."""
+
+
+def run(settings: Settings, frame: Frame | None = None) -> None:
+    """Serve until SIGTERM or SIGINT; requests in flight are answered. ``frame`` as of ``Scorer``.
+
+    Raises OSError when the port is taken.
+    """
+    frame = frame or Frame.load(settings.artefacts)
+    if settings.serve.workers == 1:
+        _serve(settings, frame)
+        return
+    with _bound(settings) as first, tempfile.TemporaryDirectory(prefix="gpl-metrics-") as figures:
+        # Bound but not listening: it holds the port, and gets no connection.
+        settings = settings.model_copy(
+            update={"serve": settings.serve.model_copy(update={"port": first.getsockname()[1]})}
+        )
+        os.environ[MULTIPROCESS] = figures
+        _supervise(settings, frame)
+
+
+def _serve(settings: Settings, frame: Frame) -> None:
+    sys.setswitchinterval(SWITCH_SECONDS)
+    health = metrics.Health()
+    app = create_app(Scorer(settings, frame, health), settings.serve, health)
+    config = uvicorn.Config(
+        app,
+        loop="uvloop",
+        http="httptools",
+        log_level="warning",
+        access_log=False,
+        limit_concurrency=settings.serve.max_concurrency,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+    )
+    with _bound(settings) as listener:
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def _bound(settings: Settings) -> socket.socket:
+    serve = settings.serve
+    family = socket.AF_INET6 if ":" in serve.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if serve.workers > 1:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind((serve.host, serve.port))
+    except OSError as error:
+        listener.close()
+        raise OSError(error.errno, f"serve.host, serve.port: {serve.host}:{serve.port}: {error.strerror}") from error
+    return listener
+
+
+def _supervise(settings: Settings, frame: Frame) -> None:
+    context = multiprocessing.get_context("spawn")
+    stopping = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopping
+        stopping = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+
+    def start() -> SpawnProcess:
+        process = context.Process(target=_serve, args=(settings, frame), name="gpl-serve")
+        process.start()
+        return process
+
+    processes = [start() for _ in range(settings.serve.workers)]
+    while not stopping:
+        wait([process.sentinel for process in processes], timeout=0.2)
+        for i, process in enumerate(processes):
+            if not stopping and not process.is_alive():
+                mark_process_dead(process.pid)  # type: ignore[no-untyped-call]
+                log.error("serve_process_ended", pid=process.pid, exitcode=process.exitcode)
+                time.sleep(RESTART_SECONDS)
+                processes[i] = start()
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + GRACE_SECONDS + 5
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
