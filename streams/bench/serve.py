@@ -90,11 +90,12 @@ class ServedSystem:
 
     def __init__(self, kafka: KafkaSettings, state: SyntheticState, directory: Path, workers: int) -> None:
         self._state = state
+        self._models = directory / "models"
         with closing(socket.create_server(("127.0.0.1", 0))) as free:
             self.port: int = free.getsockname()[1]
         self.settings = Settings(
             kafka=kafka,
-            trainer=TrainerSettings(models=directory / "models"),
+            trainer=TrainerSettings(models=self._models),
             serve=ServeSettings(port=self.port, workers=workers),
         )
         self._published = 0
@@ -128,8 +129,8 @@ class ServedSystem:
     def publish(self) -> str:
         """Publish and announce the next version, and wait until it is on the log. Returns its name."""
         self._published += 1
-        trainer = self.settings.trainer
-        update = self._state.publish(trainer.models, trainer.model_name, WIDTH, self._published)
+        name = self.settings.trainer.model_name
+        update = self._state.publish(self._models, name, WIDTH, self._published)
         self._send("model-updates", update.model, update)
         self._producer.flush()
         return update.version

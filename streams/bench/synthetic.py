@@ -86,8 +86,9 @@ class SyntheticState:
             published_at=0,
             metrics={},
         )
-        path, checksum = models.write(directory, manifest, network.state_tensors(), models.Ids(self.users, self.items))
-        return ModelUpdate(name, manifest.version, path.resolve().as_uri(), checksum, {}, 0, {})
+        store = models.ModelStore(directory)
+        uri, checksum = store.write(manifest, network.state_tensors(), models.Ids(self.users, self.items))
+        return ModelUpdate(name, manifest.version, uri, checksum, {}, 0, {})
 
     @property
     def _versions(self) -> tuple[str, str]:

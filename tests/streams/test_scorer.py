@@ -200,7 +200,7 @@ def test_without_a_model_it_is_not_ready(world: World) -> None:
 def test_anchor_scores_are_those_of_labels(n: int, anchors: int, matching: Any, seed: int) -> None:
     rng = np.random.default_rng(seed)
     config = labeller.Config(matching=matching)
-    logprobs = rng.normal(size=anchors).astype(np.float32)
+    logprobs = -rng.exponential(size=anchors).astype(np.float32)
     prepared = PreparedAnchors.build(unit(anchors, seed), logprobs, np.ones(anchors, np.float32), LEVELS, config)
     items, rows = unit(50, seed + 1), rng.integers(50, size=n)
     np.testing.assert_allclose(
