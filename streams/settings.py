@@ -49,6 +49,8 @@ class KafkaSettings(Section):
 class IndexSettings(Section):
     kind: Literal["edge", "server"] = Field("edge", description="embedded shard of this process, or a Qdrant server")
     url: str = "http://127.0.0.1:6333"
+    grpc_port: int | None = Field(None, ge=1, le=65535, description="of the server: gRPC instead of HTTP")
+    timeout_seconds: int = Field(30, ge=1, description="of one call of the server")
     api_key: SecretStr | None = None
     collection: str = "gpl-items"
     path: Path = Field(Path("runs/index"), description="directory of the embedded shard")

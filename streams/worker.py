@@ -48,7 +48,8 @@ def open_index(settings: IndexSettings, dim: int, version: str) -> VectorIndex:
         from gpl.index.server import ServerIndex
 
         key = settings.api_key.get_secret_value() if settings.api_key else None
-        return ServerIndex.connect(settings.url, key, f"{settings.collection}-{version}", dim)
+        name = f"{settings.collection}-{version}"
+        return ServerIndex.connect(settings.url, key, name, dim, settings.grpc_port, settings.timeout_seconds)
     from gpl.index.edge import EdgeIndex
 
     settings.path.mkdir(parents=True, exist_ok=True)

@@ -35,6 +35,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--require-kafka", action="store_true", help="without Java 17 or Maven: an error, where tests would be skipped"
     )
+    parser.addoption("--crash-rounds", type=int, default=4, help="kills a test of the crash suite; longer with more")
+    parser.addoption("--crash-seed", type=int, default=1, help="of the moments at which the crash suite kills")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

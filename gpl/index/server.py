@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import grpc
 import httpx
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,14 @@ from gpl.index.base import (
 _BATCH = 256  # points a request: about 2 MB of JSON at 384 dimensions
 _TIMEOUT_SECONDS = 30  # a server under heavy upserts answers late (qdrant 2822, 5319)
 _SEARCH_WIDTH = 256  # HNSW ef: recall before speed, searches here are batched and off the request path
+
+_PASSING = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.ABORTED,
+    grpc.StatusCode.INTERNAL,
+}
 
 
 class ServerIndex:
@@ -48,11 +57,30 @@ class ServerIndex:
             self._check()
 
     @classmethod
-    def connect(cls, url: str, api_key: str | None, collection: str, dim: int) -> ServerIndex:
-        """Connect over HTTP. Raises IndexUnavailable when nobody answers there."""
+    def connect(
+        cls,
+        url: str,
+        api_key: str | None,
+        collection: str,
+        dim: int,
+        grpc_port: int | None = None,
+        timeout: int = _TIMEOUT_SECONDS,
+    ) -> ServerIndex:
+        """Connect over HTTP, or over gRPC where ``grpc_port`` is given. ``timeout``: seconds a call may take.
+
+        Raises IndexUnavailable when nobody answers there.
+        """
         # Without explicit limits the client turns keep-alive off on localhost: a connection a request.
         limits = httpx.Limits(max_connections=32, max_keepalive_connections=8)
-        client = QdrantClient(url=url, api_key=api_key, timeout=_TIMEOUT_SECONDS, limits=limits)
+        client = QdrantClient(
+            url=url,
+            api_key=api_key,
+            timeout=timeout,
+            limits=limits,
+            prefer_grpc=grpc_port is not None,
+            grpc_port=grpc_port or 6334,
+            check_compatibility=grpc_port is None,  # asks over HTTP
+        )
         return cls(client, collection, dim, where=f"index server {url}")
 
     def upsert(self, ids: Sequence[str], vectors: npt.NDArray[np.float32], sids: npt.NDArray[np.integer]) -> None:
@@ -147,6 +175,10 @@ def _translated(where: str) -> Iterator[None]:
         yield
     except (ResponseHandlingException, ResourceExhaustedResponse) as error:
         raise IndexUnavailable(f"{where}: {error}") from error
+    except grpc.RpcError as error:
+        if isinstance(error, grpc.Call) and error.code() in _PASSING:
+            raise IndexUnavailable(f"{where}: {error.code().name}: {error.details()}") from error
+        raise
     except UnexpectedResponse as error:
         if error.status_code is None or error.status_code >= 500 or error.status_code == 429:
             raise IndexUnavailable(f"{where}: {error}") from error

@@ -19,7 +19,7 @@ process.roles=broker,controller
 node.id=1
 controller.quorum.voters=1@{host}:{controller}
 listeners=PLAINTEXT://{host}:{port},CONTROLLER://{host}:{controller}
-advertised.listeners=PLAINTEXT://{host}:{port}
+advertised.listeners=PLAINTEXT://{host}:{advertised}
 controller.listener.names=CONTROLLER
 log.dirs=data
 message.max.bytes={message_bytes}
@@ -45,6 +45,7 @@ class ApacheKafka(LocalBroker):
     """A real Kafka on this machine. Data stay in ``directory/data`` between starts.
 
     Needs Java 17 and, the first time, Maven: ``toolchain.check`` tells. ``heap_mb``: the JVM's maximum heap, MiB.
+    ``advertised_port``: what clients are told to connect to, where something stands between them and the broker.
     """
 
     kind: ClassVar[str] = "apache"
@@ -57,11 +58,13 @@ class ApacheKafka(LocalBroker):
         *,
         max_record_bytes: int = 8 * 2**20,
         heap_mb: int = 512,
+        advertised_port: int | None = None,
         cache: Path = DEFAULT_CACHE,
     ) -> None:
         super().__init__(directory, port)
         self._max_record_bytes = max_record_bytes
         self._heap_mb = heap_mb
+        self._advertised_port = advertised_port
         self._cache = cache
 
     def _prepare(self) -> list[str]:
@@ -73,6 +76,7 @@ class ApacheKafka(LocalBroker):
             _PROPERTIES.format(
                 host=LOOPBACK,
                 port=port,
+                advertised=self._advertised_port or port,
                 controller=controller,
                 message_bytes=self._max_record_bytes + BATCH_OVERHEAD_BYTES,
             )
