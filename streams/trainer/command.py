@@ -1,4 +1,4 @@
-"""``gpl models list|show|diff|rollback|pin|unpin|accept|checkpoints|rebuild``."""
+"""``gpl models list|show|diff|rollback|pin|unpin|accept|checkpoints|rebuild|export``."""
 
 from __future__ import annotations
 
@@ -289,6 +289,24 @@ def rebuild(
             _out.print(f"trained with {what} {then}, here {now}: the last bits may differ")
     if made.differing:
         raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    version: Version,
+    out: Annotated[Path, typer.Option("--out", help="File of the graph; the ids table is written beside it.")],
+    config: Config = None,
+) -> None:
+    """Write a version as an ONNX graph, checked against the network under onnxruntime (extra `onnx`)."""
+    from streams import onnx_export
+    from streams.trainer import versions
+    from streams.views import labeller_config
+
+    settings, store = _opened(config)
+    with _clear_errors():
+        name = versions.resolve(store, version)
+        ids = onnx_export.export(store.read(name), labeller_config(settings.labels), out)
+    _out.print(f"{name} written to {out}, its ids to {ids}")
 
 
 def _opened(config: Path | None) -> tuple[Settings, ModelStore]:
