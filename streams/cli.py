@@ -25,7 +25,7 @@ from streams.dlq.command import app as dlq_app
 from streams.evaluation.command import datasets_app, evaluate
 from streams.fit_command import fit
 from streams.log_view import TopicMissingError
-from streams.replay.command import capture, replay
+from streams.replay.command import capture, explain, replay
 from streams.settings import Settings, load
 from streams.topics_command import app as topics_app
 from streams.trainer.command import app as models_app
@@ -50,6 +50,7 @@ app.command()(replay)
 app.command()(capture)
 app.command()(evaluate)
 app.add_typer(datasets_app, name="datasets")
+app.command()(explain)
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file; default gpl.toml or GPL_CONFIG.")]
 

@@ -21,6 +21,7 @@ from streams.replay.recorded import Recorded
 from streams.replay.run import Replay, Result, Setup, ready_anchors
 from streams.replay.state import AnchorHistory, Refresh, Vector
 from streams.replay.values import Kind, Value, distance, kind, move, values
+from streams.settings import LabelSettings
 
 Cause = Literal[
     "feedback", "anchors", "catalogue", "calibration", "configuration", "code version", "numerics", "unexplained"
@@ -148,6 +149,8 @@ class Attribution:
             then = replace(then, setup=setup)
             if was.config not in self._known:
                 lost.add("configuration")
+            else:
+                causes["configuration"] = _settings(setup.labels, now.setup.labels) or causes["configuration"]
         joined = result.request.joined[at]
         then = replace(then, joined=joined, configured=joined)
         shown = dict(zip(recorded.label.exposed.item, map(bool, recorded.label.exposed.clicked), strict=True))
@@ -297,6 +300,13 @@ def _close(a: Value, b: Value) -> bool:
     if a.exposed != b.exposed:
         return False
     return all(x == y or (x is not None and y is not None and abs(x - y) <= ROUNDING) for x, y in parts)
+
+
+def _settings(then: LabelSettings, now: LabelSettings) -> str:
+    before, after = then.model_dump(), now.model_dump()
+    return "; ".join(
+        f"labels.{name}: {before[name]} then, {after[name]} now" for name in before if before[name] != after[name]
+    )
 
 
 def _version(version: int | None) -> str:

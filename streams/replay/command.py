@@ -205,3 +205,41 @@ def clear_errors() -> Iterator[None]:
         name = "" if str(error) else f"{type(error).__name__} "
         typer.echo(f"error: {name}{error}", err=True)
         raise typer.Exit(1) from None
+
+
+def explain(
+    request_id: Annotated[str, typer.Argument(help="the request")],
+    item_id: Annotated[str, typer.Argument(help="the item")],
+    user: Annotated[
+        str | None, typer.Option("--user", help="a hint: whose request it is; its partition is read first")
+    ] = None,
+    from_: Annotated[
+        str | None, typer.Option("--from", help="a hint: the recall is not older than this event time")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the story as JSON")] = False,
+    html: Annotated[Path | None, typer.Option("--html", help="write the story as one HTML file")] = None,
+    capture: CaptureOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Tell one label's story: what was recalled and shown, the anchors, each factor, recorded and recomputed."""
+    from streams.replay import tell
+    from streams.replay.explain import explain as story_of
+    from streams.replay.find import Hints, find
+    from streams.replay.log import LogError
+    from streams.replay.select import moment_ms
+
+    with clear_errors(), open_log(config, capture) as (log, settings, _):
+        try:
+            since = None if from_ is None else moment_ms(from_)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--from") from None
+        found = find(log, request_id, Hints(user, since, int(settings.labels.max_ahead_seconds * 1000)))
+        if found is None:
+            raise LogError(f"request {request_id!r}: neither its recall nor a label of it is on the log")
+        story = story_of(log, settings, found, item_id)
+        if html is not None:
+            html.write_text(tell.html(story), encoding="utf-8")
+        if as_json:
+            typer.echo(json.dumps(story, indent=2))
+        else:
+            _out.print(tell.table(story))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from streams.labels import published
@@ -30,6 +31,7 @@ def capture(log: Log, selection: Selection, settings: Settings, directory: Path,
                 writer.open(topic, partition, log.span(topic, partition))
                 for entry in log.read(topic, partition):
                     writer.add(entry, log.span(topic, partition))
+        _dead_letters(log, selection, writer)
         return writer.finish(
             from_ms=selection.from_ms,
             to_ms=selection.to_ms,
@@ -50,6 +52,15 @@ def capture(log: Log, selection: Selection, settings: Settings, directory: Path,
     except BaseException:
         writer.discard()
         raise
+
+
+def _dead_letters(log: Log, selection: Selection, writer: CaptureWriter) -> None:
+    """Why recalls have no label, without what they said; a user's capture holds nothing of others."""
+    for partition in log.partitions("dead-letters"):
+        writer.open("dead-letters", partition, log.span("dead-letters", partition))
+        for entry in log.read("dead-letters", partition) if selection.user is None else ():
+            if dict(entry.headers).get("gpl-topic", b"").endswith(b"recalls"):
+                writer.add(replace(entry, key=None, value=None), log.span("dead-letters", partition))
 
 
 def _texts(ranges: object) -> dict[str, list[tuple[int, int]]] | None:

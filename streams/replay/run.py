@@ -7,7 +7,7 @@ a capture. A request whose anchors the log no longer holds is not labelled but n
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from gpl.labels import labeller
@@ -18,6 +18,7 @@ from streams.replay.join import Request, Requests
 from streams.replay.log import Log
 from streams.replay.select import Selection
 from streams.replay.state import AnchorHistory, Calibrations, InForce, Items, Refresh
+from streams.replay.walk import Step
 from streams.settings import LabelSettings, Settings
 from streams.views import labeller_config
 
@@ -96,10 +97,20 @@ class Replay:
         since = self.selection.from_ms - self.ahead_ms
         return {topic: self.log.offset_at(topic, partition, since) for topic in ("recalls", "feedback")}
 
-    def partition(self, partition: int, anchors: AnchorHistory) -> Iterator[Result]:
-        """The results of one partition, by recall offset. ``anchors``: of that partition."""
+    def partition(
+        self,
+        partition: int,
+        anchors: AnchorHistory,
+        starts: Mapping[str, int] | None = None,
+        tap: Callable[[Step, bool], None] | None = None,
+    ) -> Generator[Result, None, None]:
+        """The results of one partition, by recall offset. ``anchors``: of that partition; ``starts``: where to read
+        from, for who knows better; ``tap``: see ``Requests``.
+        """
         settings = [setup.labels for setup in self.setups]
-        requests = Requests(self.log, partition, self.selection, self.starts(partition), settings)
+        if starts is None:
+            starts = self.starts(partition)
+        requests = Requests(self.log, partition, self.selection, starts, settings, tap)
         try:
             for request in requests:
                 result = self.result(request, anchors)
