@@ -39,9 +39,9 @@ _ANCHOR_CODE = ("anchors", "codes", "evaluation/anchors.py", "evaluation/labels.
 _TRAINED_CODE = (
     *_ANCHOR_CODE,
     *(f"evaluation/{name}.py" for name in ("pairs", "training", "baselines", "ranker")),
-    *(f"preranker/{name}.py" for name in ("batch", "learner", "model")),
+    *(f"preranker/{name}.py" for name in ("batch", "model")),
 )
-_GPL_CODE = (*_TRAINED_CODE, "evaluation/generative.py", "labels", "preranker/loss.py")
+_GPL_CODE = (*_TRAINED_CODE, "evaluation/generative.py", "labels", "preranker")
 
 
 @dataclass(frozen=True)
