@@ -11,7 +11,7 @@ TOPICS, PER_TOPIC, DIM = 12, 25, 24
 
 
 def items(rng: np.random.Generator, noise: float) -> list[ItemContent]:
-    """``TOPICS * PER_TOPIC`` items, those of a topic next to each other in number and, but for ``noise``, in content."""
+    """``TOPICS * PER_TOPIC`` items; those of a topic follow each other and, but for ``noise``, have one content."""
     centres = rng.normal(size=(TOPICS, DIM))
     vectors = np.repeat(centres, PER_TOPIC, axis=0) + noise * rng.normal(size=(TOPICS * PER_TOPIC, DIM))
     return [ItemContent(f"i{at}", "", row.tolist()) for at, row in enumerate(vectors)]

@@ -1,4 +1,4 @@
-"""Converters: a made sample in each source's format, the real sets where they lie beside the project, and round trips."""
+"""Converters: a made sample in each source's format, and the real sets where they lie beside the project."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def test_kuairec_lists_positives_and_every_other_cell_is_negative(tmp_path: Path
         small_users__csv="user_id\n1\n2\n",
         small_positives__csv="user_id,video_id\n1,7\n2,5\n9,5\n",
         big_positives_train__csv="user_id,video_id\n3,7\n4,7\n",
-        videos__csv="video_id,caption,topic_tag,first_level_category_name,second_level_category_name,third_level_category_name\n"
+        videos__csv="video_id,caption,topic_tag,first_level_category_name,"
+        "second_level_category_name,third_level_category_name\n"
         '5,a cat,"[cats, fun]",pets,UNKNOWN,UNKNOWN\n7,,[],music,,\n',
     )
     dataset = CONVERTERS["kuairec"](tmp_path)
