@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from gpl.labels.matching import Floats, Ints
 from gpl.preranker.batch import Batch
+from gpl.preranker.effects import ItemEffects
 from gpl.preranker.loss import Loss, LossConfig, joint_loss
 from gpl.preranker.model import PreRanker, grown
 
 _PREFIX = "optimizer."
 _STEPS = _PREFIX + "steps"
+_EFFECTS = "effects."
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -36,6 +38,7 @@ class Learner:
         self.model = model
         self.loss = loss
         self.steps = 0
+        self.effects = ItemEffects()
         self.logits: Floats = np.zeros(0, np.float32)
         """Of the last step's pairs (P,), as the model scored them before it was trained on them (without the unexposed
         ones where the loss leaves them out)."""
@@ -63,7 +66,7 @@ class Learner:
         self.model.observe(batch.score)
         logits = self.model(batch, content)
         self.logits = logits.full.detach().numpy()
-        loss = joint_loss(logits, batch, config)
+        loss = joint_loss(logits, batch, config, self.effects.observe(batch))
         self.update(loss.total)
         return Loss(*(term.detach() for term in (loss.total, loss.actual, loss.pseudo, loss.negatives)))
 
@@ -82,6 +85,7 @@ class Learner:
 
     def forget(self, users: Ints, items: Ints) -> None:
         """Make rows of the id tables as they are before an id's first step: weights and moments zero."""
+        self.effects.forget(items)
         for name, table in self.model.tables():
             rows = torch.from_numpy(users if name == "users" else items)
             table.data[rows] = 0.0
@@ -96,6 +100,8 @@ class Learner:
         weights = self.model.state_tensors()
         state = dict(weights)
         state[_STEPS] = torch.tensor(self.steps)
+        for name, array in self.effects.state_arrays(self.model.n_items).items():
+            state[_EFFECTS + name] = torch.from_numpy(array)
         if self.steps:
             for name, parameter, optimizer in self._parameters():
                 for moment in _MOMENTS:
@@ -112,6 +118,10 @@ class Learner:
         moments: dict[str, Tensor] = {}
         if _STEPS not in state:
             raise ValueError(f"{_STEPS}: missing from the state")
+        effects = ItemEffects()
+        effects.load_state_arrays(
+            {name.removeprefix(_EFFECTS): t.numpy() for name, t in state.items() if name.startswith(_EFFECTS)}
+        )
         steps = int(state[_STEPS])
         if steps:
             for name, _, _ in self._parameters():
@@ -123,6 +133,7 @@ class Learner:
                         raise ValueError(f"{key}: shape {tuple(state[key].shape)}, expected that of {name}")
                     moments[key] = state[key]
         self.model.load_state_tensors(state)
+        self.effects = effects
         self.steps = steps
         for name, parameter, optimizer in self._parameters():
             optimizer.state.pop(parameter, None)

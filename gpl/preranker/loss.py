@@ -34,30 +34,44 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpl.labels.matching import Ints
+from gpl.labels.matching import Floats, Ints
 from gpl.preranker.batch import Batch
+from gpl.preranker.effects import PairEffects
 from gpl.preranker.model import Logits
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """``pseudo_weight`` is lambda. ``negatives_weight``: unexposed pairs also count as not clicked, this much."""
+    """``pseudo_weight`` is lambda. ``negatives_weight``: unexposed pairs also count as not clicked, this much.
+
+    ``centred``: listwise targets are of the scores less their items' means. ``log_odds``: negatives are corrected for
+    how often their items are candidates.
+    """
 
     pseudo: Literal["listwise", "pointwise"] = "listwise"
     pseudo_weight: float = 1.0
     negatives_weight: float = 1.0
+    negatives: Literal["softmax", "pointwise"] = "softmax"
+    centred: bool = True
+    log_odds: bool = True
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         if self.pseudo not in ("listwise", "pointwise"):
             raise ValueError(f"pseudo: {self.pseudo!r}, expected 'listwise' or 'pointwise'")
+        if self.negatives not in ("softmax", "pointwise"):
+            raise ValueError(f"negatives: {self.negatives!r}, expected 'softmax' or 'pointwise'")
         for name in ("pseudo_weight", "negatives_weight"):
             value = getattr(self, name)
             if not (np.isfinite(value) and value >= 0):
                 raise ValueError(f"{name}: {value}, expected a finite number, at least 0")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature: {self.temperature}, expected a positive number")
 
     def scaled(self, evidence: float) -> LossConfig:
         """The same with lambda times ``evidence``. Raises ValueError outside [0, 1]."""
@@ -81,8 +95,11 @@ class Loss:
     negatives: Tensor
 
 
-def joint_loss(logits: Logits, batch: Batch, config: LossConfig) -> Loss:
-    """The loss of one batch; ``logits`` are the model's for ``batch``."""
+def joint_loss(logits: Logits, batch: Batch, config: LossConfig, effects: PairEffects | None = None) -> Loss:
+    """The loss of one batch; ``logits`` are the model's for ``batch``, ``effects`` what is known of its items.
+
+    Without ``effects`` nothing is taken out: all items are alike.
+    """
     zero = logits.full.new_zeros(())
     exposed, hidden = np.flatnonzero(batch.exposed), np.flatnonzero(~batch.exposed)
     actual = pseudo = negatives = zero
@@ -91,13 +108,37 @@ def joint_loss(logits: Logits, batch: Batch, config: LossConfig) -> Loss:
         actual = F.binary_cross_entropy_with_logits(_at(logits.full, exposed), clicked)
     total = actual
     if len(hidden) and config.pseudo_weight > 0:
-        term = listwise if config.pseudo == "listwise" else pointwise
-        pseudo = term(_at(logits.full, hidden), batch, hidden)
+        if config.pseudo == "pointwise":
+            pseudo = pointwise(_at(logits.full, hidden), batch, hidden)
+        else:
+            level = effects.mean_score[hidden] if effects is not None and config.centred else np.float32(0)
+            pseudo = listwise(_at(logits.full, hidden), batch, hidden, batch.score[hidden] - level, config.temperature)
         total = total + config.pseudo_weight * pseudo
     if len(hidden) and config.negatives_weight > 0:
-        negatives = F.softplus(_at(logits.full, hidden)).mean()  # cross-entropy with the label 0
+        odds = effects.log_odds if effects is not None and config.log_odds else None
+        corrected = logits.full if odds is None else logits.full - torch.from_numpy(odds)
+        if config.negatives == "pointwise":
+            negatives = F.softplus(_at(corrected, hidden)).mean()  # cross-entropy with the label 0
+        else:
+            negatives = sampled_softmax(corrected, batch)
         total = total + config.negatives_weight * negatives
     return Loss(total, actual, pseudo, negatives)
+
+
+def sampled_softmax(logits: Tensor, batch: Batch) -> Tensor:
+    """Softmax cross-entropy of the clicks of each request among all its pairs, mean over requests with a click.
+
+    Several clicks of a request share its weight. ``logits`` (P,), corrected for how likely each pair is a candidate.
+    """
+    clicks = np.bincount(batch.request, batch.clicked, minlength=len(batch.user_row))
+    clicked = np.flatnonzero(batch.clicked)
+    if len(clicked) == 0:
+        return logits.new_zeros(())
+    lists = Lists.of(batch.request)
+    log_model = lists.log_softmax(logits)
+    row, column = lists.row[clicked], lists.column[clicked]
+    share = 1.0 / (clicks[batch.request[clicked]] * np.count_nonzero(clicks))
+    return -(log_model[row, column] * torch.from_numpy(share.astype(np.float32))).sum()
 
 
 def pointwise(logits: Tensor, batch: Batch, hidden: Ints) -> Tensor:
@@ -113,36 +154,59 @@ def pointwise(logits: Tensor, batch: Batch, hidden: Ints) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, label, weight)
 
 
-def listwise(logits: Tensor, batch: Batch, hidden: Ints) -> Tensor:
+def listwise(logits: Tensor, batch: Batch, hidden: Ints, score: Floats, temperature: float) -> Tensor:
     """Ours: within each request, how far the model's ranking of the unexposed is from that of their anchor scores.
 
-    Kullback-Leibler divergence of softmax(logits) from softmax(standardised raw scores), which is their cross-entropy
-    less a constant, so 0 is a perfect match. Requests are weighted by their mean confidence; one whose scores do not
-    differ says nothing and is left out. ``hidden`` (U,) are the unexposed pairs, ``logits`` (U,) theirs.
+    Kullback-Leibler divergence of softmax(logits) from softmax(standardised ``score`` / ``temperature``): their
+    cross-entropy less a constant, so 0 is a perfect match. Requests are weighted by their mean confidence; one whose
+    scores do not differ says nothing and is left out. ``hidden`` (U,) are the unexposed pairs, ``logits`` and ``score``
+    (U,) theirs.
     """
-    _, row, size = np.unique(batch.request[hidden], return_inverse=True, return_counts=True)
-    column = np.arange(len(row)) - np.repeat(np.cumsum(size) - size, size)
-    # One row a request, padded: log-softmax over a dense matrix is fast and deterministic.
-    inside = np.zeros((len(size), int(size.max())), dtype=bool)
-    inside[row, column] = True
-    score = np.zeros(inside.shape)
-    score[row, column] = batch.score[hidden]
-    centred = np.where(inside, score - score.sum(axis=1, keepdims=True) / size[:, None], 0.0)
+    lists = Lists.of(batch.request[hidden])
+    row, inside = lists.row, lists.inside
+    size = inside.sum(axis=1)
+    values = np.zeros(inside.shape)
+    values[row, lists.column] = score
+    centred = np.where(inside, values - values.sum(axis=1, keepdims=True) / size[:, None], 0.0)
     spread = np.sqrt((centred**2).sum(axis=1) / size)
     weight = np.where(spread > _MIN_SPREAD, np.bincount(row, batch.confidence[hidden]) / size, 0.0)
     if not weight.sum() > 0:
         return logits.new_zeros(())
-    standard = np.where(inside, centred / np.maximum(spread, _MIN_SPREAD)[:, None], -np.inf)
+    standard = np.where(inside, centred / (temperature * np.maximum(spread, _MIN_SPREAD))[:, None], -np.inf)
     target = np.exp(standard - standard.max(axis=1, keepdims=True))
     target /= target.sum(axis=1, keepdims=True)
     negative_entropy = (target * np.log(np.where(inside, target, 1.0))).sum(axis=1)
     share = weight / weight.sum()
-    grid = torch.full(inside.shape, -torch.inf)
-    grid = grid.index_put((torch.from_numpy(row), torch.from_numpy(column)), logits)
-    # -inf outside the lists would meet a target of 0 there: 0 * inf.
-    log_model = F.log_softmax(grid, dim=1).masked_fill(torch.from_numpy(~inside), 0.0)
     target_share = torch.from_numpy((target * share[:, None]).astype(np.float32))
-    return float((share * negative_entropy).sum()) - (target_share * log_model).sum()
+    return float((share * negative_entropy).sum()) - (target_share * lists.log_softmax(logits)).sum()
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Requests as the rows of a padded matrix: log-softmax over a dense matrix is fast and deterministic.
+
+    ``row``, ``column`` (P,): place of each pair. ``inside`` (R, longest): where there is one.
+    """
+
+    row: Ints
+    column: Ints
+    inside: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, request: Ints) -> Lists:
+        """``request`` (P,): the request of each pair, those of a request together."""
+        _, row, size = np.unique(request, return_inverse=True, return_counts=True)
+        column = np.arange(len(row)) - np.repeat(np.cumsum(size) - size, size)
+        inside = np.zeros((len(size), int(size.max())), dtype=bool)
+        inside[row, column] = True
+        return cls(row, column, inside)
+
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        """(R, longest) of ``logits`` (P,), each row over its own pairs; 0 outside."""
+        grid = torch.full(self.inside.shape, -torch.inf)
+        grid = grid.index_put((torch.from_numpy(self.row), torch.from_numpy(self.column)), logits)
+        # -inf outside the lists would meet a target of 0 there: 0 * inf.
+        return F.log_softmax(grid, dim=1).masked_fill(torch.from_numpy(~self.inside), 0.0)
 
 
 _MIN_SPREAD = 1e-6  # standard deviation of a request's raw scores; records carry six digits

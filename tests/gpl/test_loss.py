@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpl.preranker.batch import Batch, Example
+from gpl.preranker.effects import ItemEffects, PairEffects
 from gpl.preranker.loss import LossConfig, joint_loss
 from gpl.preranker.model import Logits
 
@@ -77,11 +78,61 @@ def test_listwise_is_zero_and_at_rest_where_the_model_agrees():
     assert values.grad.abs().max() < 1e-6
 
 
-def test_negatives_by_hand():
-    loss, _ = loss_of([record([1], [0.1, 0.2])], [0.0, 1.0, -1.0], LossConfig("listwise", 0.0, 0.5))
+def test_pointwise_negatives_by_hand():
+    config = LossConfig("listwise", 0.0, 0.5, negatives="pointwise")
+    loss, _ = loss_of([record([1], [0.1, 0.2])], [0.0, 1.0, -1.0], config)
     expected = (bce(1, 0) + bce(-1, 0)) / 2
     assert loss.negatives.item() == pytest.approx(expected)
     assert loss.total.item() == pytest.approx(bce(0, 1) + 0.5 * expected)
+
+
+def test_softmax_negatives_by_hand():
+    # The second request has two clicks, which share its weight; the third has none and does not count.
+    records = [record([1, 0], [0.1, 0.2]), record([1, 1], [0.3]), record([0], [0.5])]
+    logits = np.array([0.5, -1.0, 1.0, 0.0, 2.0, -0.5, 0.3, 0.1, 0.9])
+    loss, _ = loss_of(records, logits, LossConfig(pseudo_weight=0.0, negatives_weight=2.0))
+    first = -np.log(softmax(logits[:4])[0])
+    second = -np.log(softmax(logits[4:7])[:2]).mean()
+    assert loss.negatives.item() == pytest.approx((first + second) / 2, rel=1e-5)
+    assert loss.total.item() == pytest.approx(loss.actual.item() + 2 * loss.negatives.item(), rel=1e-5)
+
+
+def test_item_effects_are_taken_out_of_targets_and_negatives():
+    batch = Batch.collate([record([1], [0.1, 0.9, 0.4])])
+    values = torch.tensor([0.5, -1.0, 1.0, 0.0])
+    effects = PairEffects(np.log(np.float32([9, 3, 1, 6])), np.float32([0.0, 0.1, 0.6, 0.0]))
+    loss = joint_loss(Logits(values, values), batch, LossConfig(temperature=0.5), effects)
+    corrected = np.array([0.5, -1.0, 1.0, 0.0]) - np.log([9, 3, 1, 6])
+    assert loss.negatives.item() == pytest.approx(-np.log(softmax(corrected)[0]), rel=1e-5)
+    score = np.array([0.0, 0.3, 0.4])
+    p, q = softmax((score - score.mean()) / score.std() / 0.5), softmax(np.array([-1.0, 1.0, 0.0]))
+    assert loss.pseudo.item() == pytest.approx((p * np.log(p / q)).sum(), rel=1e-5)
+    plain = joint_loss(Logits(values, values), batch, LossConfig(centred=False, log_odds=False), effects)
+    bare = joint_loss(Logits(values, values), batch, LossConfig())
+    assert plain.total.item() == bare.total.item()
+
+
+@given(seed=st.integers(0, 99), size=st.integers(1, 3))
+@settings(max_examples=20, deadline=None)
+def test_item_effects_are_counts_and_shrunk_means(seed, size):
+    rng = np.random.default_rng(seed)
+    effects, seen = ItemEffects(), []
+    for _ in range(4):
+        records = []
+        for _ in range(size):
+            rows = rng.permutation(6)[:4] + 1
+            score = rng.random(4).astype(np.float32)
+            score[: rng.integers(0, 3)] = np.nan
+            clicked = np.zeros(2, np.float32)
+            records.append(Example(1, rows, rows - 1, score, clicked, np.zeros(2, np.float32), np.ones(2, np.float32)))
+            seen += list(zip(rows, score, strict=True))
+        batch = Batch.collate(records)
+        found = effects.observe(batch)
+    known = np.array([s for _, s in seen if not np.isnan(s)], np.float64)
+    for p, row in enumerate(batch.item_row[batch.item]):
+        own = [float(s) for r, s in seen if r == row and not np.isnan(s)]
+        assert found.log_odds[p] == pytest.approx(np.log(sum(r == row for r, _ in seen) + 2), rel=1e-5)
+        assert found.mean_score[p] == pytest.approx((sum(own) + 5 * known.mean()) / (len(own) + 5), rel=1e-5)
 
 
 @pytest.mark.parametrize("form", ["listwise", "pointwise"])
@@ -125,17 +176,18 @@ def test_confidence_counts_only_relative_to_the_batch(form):
 
 @given(
     form=st.sampled_from(["listwise", "pointwise"]),
+    negatives=st.sampled_from(["softmax", "pointwise"]),
     sizes=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6)), min_size=1, max_size=4).filter(
         lambda s: any(m + n for m, n in s)
     ),
     seed=st.integers(0, 999),
 )
 @settings(max_examples=40, deadline=None)
-def test_gradients_agree_with_finite_differences(form, sizes, seed):
+def test_gradients_agree_with_finite_differences(form, negatives, sizes, seed):
     rng = np.random.default_rng(seed)
     records = [record(rng.integers(0, 2, m), rng.random(n), rng.random(n), rng.uniform(0.1, 1, n)) for m, n in sizes]
     logits = rng.normal(0, 1.5, sum(m + n for m, n in sizes))
-    config = LossConfig(form, 0.7, 0.3)
+    config = LossConfig(form, 0.7, 0.3, negatives)
     loss, values = loss_of(records, logits, config)
     assert torch.isfinite(loss.total)
     assert loss.pseudo.item() >= -1e-6

@@ -1,0 +1,82 @@
+"""What is known of items whoever asks: how often each was a candidate, and its mean anchor score. (ours)
+
+The losses take both out. A candidate of few users is rarely a negative, so softmax over a request's candidates would
+teach p(i | u) / Q(i); with log Q(i) taken off the logits while training, what is learnt ranks by p (the log-odds
+correction of Yi et al. 2019). And an item near to everybody's anchors says nothing of this user: its score counts as
+the difference from its mean, so that pseudo-labels teach personal taste and leave how good items are to the clicks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from gpl.labels.matching import Floats
+from gpl.preranker.batch import Batch
+
+Array = npt.NDArray[np.float64]
+
+_SHRINKAGE = 5.0  # scores of an average item that an item's own mean is mixed with
+_SMOOTHING = 2.0  # added to the count of candidacies
+_MIN_CAPACITY = 1024
+
+
+@dataclass(frozen=True)
+class PairEffects:
+    """Of a batch's pairs, (P,) each: ``log_odds`` is log Q of the item, up to a constant; ``mean_score`` its mean."""
+
+    log_odds: Floats
+    mean_score: Floats
+
+
+class ItemEffects:
+    """Counts by item row, over all batches observed. Deterministic."""
+
+    def __init__(self) -> None:
+        # Columns: candidacies, candidacies with a score, sum of scores.
+        self._items: Array = np.zeros((_MIN_CAPACITY, 3))
+        self._total: Array = np.zeros(3)
+
+    def observe(self, batch: Batch) -> PairEffects:
+        """Take in a batch and tell what is known of its pairs then, the batch included."""
+        row = batch.item_row[batch.item]
+        if len(row) and int(row.max()) >= len(self._items):
+            larger = np.zeros((max(int(row.max()) + 1, 2 * len(self._items)), 3))
+            larger[: len(self._items)] = self._items
+            self._items = larger
+        known = ~np.isnan(batch.score)
+        columns = np.stack([np.ones(len(row)), known, np.where(known, batch.score, 0.0)], axis=1)
+        np.add.at(self._items, row, columns)
+        self._total += columns.sum(axis=0)
+        candidacies, scored, sums = self._items[row].T
+        mean = self._total[2] / max(self._total[1], 1.0)
+        return PairEffects(
+            np.log(candidacies + _SMOOTHING).astype(np.float32),
+            ((sums + _SHRINKAGE * mean) / (scored + _SHRINKAGE)).astype(np.float32),
+        )
+
+    def forget(self, rows: npt.NDArray[np.int64]) -> None:
+        """Make rows as they are before an item is first met."""
+        self._items[rows[rows < len(self._items)]] = 0.0
+
+    def state_arrays(self, rows: int) -> dict[str, Array]:
+        """``items`` (rows, 3) and their ``total`` (3,), copies."""
+        items = np.zeros((rows, 3))
+        found = self._items[:rows]
+        items[: len(found)] = found
+        return {"items": items, "total": self._total.copy()}
+
+    def load_state_arrays(self, state: Mapping[str, npt.NDArray[np.floating]]) -> None:
+        """The inverse of :meth:`state_arrays`. Raises ValueError naming an array that is missing or misshapen."""
+        for name, dims in (("items", 2), ("total", 1)):
+            if name not in state:
+                raise ValueError(f"{name}: missing from the state")
+            if state[name].ndim != dims or state[name].shape[-1] != 3:
+                raise ValueError(f"{name}: shape {state[name].shape}, expected {'(rows, 3)' if dims == 2 else '(3,)'}")
+        items = np.array(state["items"], dtype=np.float64)
+        self._items = np.zeros((max(len(items), _MIN_CAPACITY), 3))
+        self._items[: len(items)] = items
+        self._total = np.array(state["total"], dtype=np.float64)
