@@ -21,6 +21,7 @@ import structlog
 
 from streams import dead_letters, metrics
 from streams.kafka import BATCH_OVERHEAD_BYTES, MAX_REQUEST_BYTES, RecordTooLargeError, check_size
+from streams.liveness import unique_client_id
 from streams.settings import KafkaSettings
 from streams.topics import full_name
 
@@ -44,6 +45,8 @@ def make_app(kafka: KafkaSettings, role: str) -> Any:
         store="memory://",
         web_enabled=False,
         broker_commit_interval=0.5,
+        # So that the broker can be asked whether this very consumer is still a member.
+        broker_client_id=unique_client_id(f"{kafka.group_prefix}{role}"),
         # A killed worker's partitions move on after this long. Heartbeats have a thread of their own, so that a
         # busy event loop does not lose its partitions.
         broker_session_timeout=10.0,

@@ -61,6 +61,7 @@ LATE_POSITIVES = Counter("gpl_late_positives_total", "Clicks behind the profile'
 
 # Labels.
 CATALOGUE_ITEMS = Gauge("gpl_catalogue_items", "Items with a vector in this process")
+INDEX_UNAVAILABLE = Counter("gpl_index_unavailable_total", "Calls that the index server did not answer, tried again")
 OPEN_REQUESTS = Gauge("gpl_open_requests", "Requests whose window is not over")
 REQUESTS_CLOSED = Counter("gpl_requests_closed_total", "Requests labelled, first revisions", ["outcome"])
 LABELS = Counter("gpl_labels_total", "Labels published, first revisions and corrections", ["kind"])
@@ -131,7 +132,7 @@ SERVED_MODEL_TIME = Gauge(
 class Health:
     """What ``/health`` and ``/ready`` answer from. Thread-safe."""
 
-    def __init__(self, stalled_after: float = 60.0, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, stalled_after: float = 60.0, clock: Callable[[], float] = time.monotonic) -> None:
         self._stalled_after = stalled_after
         self._clock = clock
         self._beats: dict[str, float] = {}
@@ -144,7 +145,7 @@ class Health:
         now = self._clock()
         with self._lock:
             self._beats[loop] = now
-        HEARTBEAT.labels(loop).set(now)
+        HEARTBEAT.labels(loop).set_to_current_time()
 
     def wait_for(self, part: str) -> None:
         """The named part is warming up: not ready until ``done(part)``."""

@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, Generic, TypeVar
 
 import structlog
 from faust.types import TP
+from kafka import TopicPartition
+from kafka.errors import KafkaError
 
 from streams import metrics
 from streams.dead_letters import Guard, Halted, Original, Refused
 from streams.faust_app import REFUSALS, OrderedAcks, Publisher, make_app, raw_topic
+from streams.liveness import GroupWatch
 from streams.log_view import Handler, LogView
 from streams.settings import Settings
 from streams.topics import full_name
 
 log = structlog.get_logger()
 
-STALLED = 60.0
-"""Seconds without an arrival, while records wait, after which a role counts as stuck."""
+WATCH = 5.0
+"""Seconds between two looks at what the broker says of this consumer."""
 TICK = 0.1
 """Seconds between looks at idle partitions and finished warm-ups."""
 
@@ -82,6 +85,8 @@ class Role(Generic[P]):
         self._sources = {full_name(settings.kafka, source): source for source in sources}
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopped = False
+        self._ticked = clock()
+        self._busy_since: float | None = None
         self.app.agent(raw_topic(self.app, settings.kafka, *sources), name=name)(self._agent)
         self.app.on_partitions_revoked.connect(self._revoked, weak=False)
         self.app.on_partitions_assigned.connect(self._assigned, weak=False)
@@ -146,8 +151,10 @@ class Role(Generic[P]):
     async def start(self) -> None:
         """Join the group and begin to work."""
         self.health.wait_for(self.name)
+        self.health.beat(self.name)
         await self.app.start()
         self.spawn(self._tick_forever())
+        self.spawn(self._watch_forever())
 
     async def stop(self) -> None:
         """Leave the group. What is unacknowledged is read again by the next owner."""
@@ -212,6 +219,7 @@ class Role(Generic[P]):
 
     async def _agent(self, stream: Any) -> None:
         async for event in stream.noack().events():
+            self._busy_since = self.clock()
             try:
                 await self._on_event(event)
             except Halted as why:
@@ -219,6 +227,7 @@ class Role(Generic[P]):
             except Exception as error:
                 self._on_failure(error)
                 raise
+            self._busy_since = None
             if self.halted:
                 await asyncio.Event().wait()  # until the app stops: what is not taken stays in the log
 
@@ -254,7 +263,6 @@ class Role(Generic[P]):
         if self.ready():
             self.health.done(self.name)
         now = self.clock()
-        stuck = False
         for number, partition in list(self.partitions.items()):
             idle = set()
             for topic, source in self._sources.items():
@@ -262,13 +270,46 @@ class Role(Generic[P]):
                 if behind is None:
                     continue
                 metrics.CONSUMER_LAG.labels(topic, str(number)).set(behind)
-                stuck = stuck or (behind > 0 and now - partition.last_arrival[source] > STALLED)
                 if behind == 0:
                     idle.add(source)
             if not self.halted:
                 await self.advance(number, partition, now, idle)
-        if not stuck:
-            self.health.beat(self.name)
+        self._ticked = now
+
+    async def _watch_forever(self) -> None:
+        """Beat while the broker confirms that this consumer is in its group and is given what is there."""
+        watch = GroupWatch(self.settings.kafka, self.app.conf.id, self.app.conf.broker_client_id, topics=self._sources)
+        stalled_after = self.settings.metrics.stalled_after_wall_seconds
+        while not self._stopped:
+            try:
+                member, ends = await asyncio.to_thread(watch.look)
+            except (KafkaError, OSError) as error:
+                log.warning("broker does not answer", role=self.name, error=repr(error))
+            else:
+                now = self.clock()
+                starved = await self._starved(ends, now - stalled_after)
+                at_work = min(self._ticked, self._busy_since or now) > now - stalled_after
+                if member and at_work and not starved:
+                    self.health.beat(self.name)
+                else:
+                    log.warning("no progress", role=self.name, member=member, at_work=at_work, starved=starved)
+            await asyncio.sleep(min(WATCH, stalled_after / 4))
+        await asyncio.to_thread(watch.close)
+
+    async def _starved(self, ends: Mapping[Any, int], since: float) -> list[str]:
+        """Partitions that have records which are not fetched, and of which nothing has come ``since``."""
+        starved = []
+        for number, partition in list(self.partitions.items()):
+            for topic, source in self._sources.items():
+                if self.halted or partition.last_arrival[source] > since:
+                    continue
+                try:
+                    position = await asyncio.wait_for(self.app.consumer.position(TP(topic, number)), WATCH)
+                except (TimeoutError, KafkaError):
+                    position = None
+                if position is None or position < ends.get(TopicPartition(topic, number), 0):
+                    starved.append(f"{topic}[{number}]")
+        return starved
 
     async def _behind(self, topic: str, number: int, next_offset: int | None) -> int | None:
         """Records between what was processed and the end of the partition; None while that is not known."""

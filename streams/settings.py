@@ -211,6 +211,10 @@ class ServeSettings(Section):
 class MetricsSettings(Section):
     host: str = "127.0.0.1"
     port: int = Field(9464, ge=0, le=65535, description="of /metrics and /health; 0 takes a free one")
+    stalled_after_wall_seconds: float = Field(
+        60, gt=0, description="without progress, after which a loop is stalled and /health answers 503"
+    )
+    exit_when_stalled: bool = Field(False, description="end the process then, with exit code 70, for a supervisor")
 
 
 class Settings(BaseSettings):

@@ -23,6 +23,7 @@ from streams.batch_role import BatchRole, Entry
 from streams.contracts import Item, ItemVector, decode, encode
 from streams.dead_letters import Refused
 from streams.faust_app import REFUSALS
+from streams.labels.outage import when_available
 from streams.settings import Settings
 from streams.views import vector_bytes
 
@@ -65,7 +66,12 @@ class CatalogueRole(BatchRole):
     def ready(self) -> bool:
         return self._catalogue_ready()
 
+    def _wanted(self) -> bool:
+        """Whether the batch in hand is still this worker's to finish."""
+        return not self._stopped and self.partitions is self._owned
+
     async def work(self, batch: list[Entry]) -> None:
+        self._owned = self.partitions
         items: list[tuple[Entry, Item]] = []
         for entry in batch:
             key, value = entry.original.key, entry.original.value
@@ -93,8 +99,11 @@ class CatalogueRole(BatchRole):
         if not key:
             raise Refused("key", "item_id: a removal needs the item's id as its key")
         self._sent[key.decode()] = None
-        if self._index is not None:
-            await asyncio.to_thread(self._index.delete, [key.decode()])
+        index, item_id = self._index, key.decode()
+        if index is not None:
+            await when_available(lambda: index.delete([item_id]), self._wanted)
+            if not self._wanted():
+                return
         await self.publisher.send("item-vectors", key, None, then=entry.done)
 
     async def _encode_and_publish(self, items: list[tuple[Entry, Item]]) -> None:
@@ -114,9 +123,12 @@ class CatalogueRole(BatchRole):
                 await self._encode_and_publish([pair])
             return
         sids = self._artefacts.quantiser.encode(vectors)
-        if self._index is not None:
+        index = self._index
+        if index is not None:
             ids = [item.item_id for _, item in items]
-            await asyncio.to_thread(self._index.upsert, ids, vectors, sids)
+            await when_available(lambda: index.upsert(ids, vectors, sids), self._wanted)
+            if not self._wanted():
+                return
         for (entry, item), vector, sid in zip(items, vectors, sids, strict=True):
             record = ItemVector(
                 item_id=item.item_id,

@@ -28,16 +28,16 @@ START, STEP = 1_700_000_000_000, 2_000
 Event_ = Recall | Feedback
 
 
-def vectors() -> np.ndarray:
+def vectors(dim: int = DIM) -> np.ndarray:
     """Raw item vectors in groups, so that there are interests to be found."""
     rng = np.random.default_rng(7)
-    centres = rng.normal(size=(GROUPS, DIM))
-    return (centres[np.arange(ITEMS) % GROUPS] + 0.4 * rng.normal(size=(ITEMS, DIM))).astype(np.float32)
+    centres = rng.normal(size=(GROUPS, dim))
+    return (centres[np.arange(ITEMS) % GROUPS] + 0.4 * rng.normal(size=(ITEMS, dim))).astype(np.float32)
 
 
-def make_artefacts(directory: Path) -> Path:
+def make_artefacts(directory: Path, dim: int = DIM) -> Path:
     """Space, quantiser and history generator over that catalogue, as `gpl fit` leaves them."""
-    items = [ItemContent(f"item-{i}", "", row.tolist()) for i, row in enumerate(vectors())]
+    items = [ItemContent(f"item-{i}", "", row.tolist()) for i, row in enumerate(vectors(dim))]
     rng = np.random.default_rng(1)
     events = [
         Event(f"past-{u}", f"item-{(u % GROUPS) + GROUPS * rng.integers(0, ITEMS // GROUPS)}", START - 10**9 + t, True)
