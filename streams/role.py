@@ -85,6 +85,9 @@ class Role(Generic[P]):
         self._sources = {full_name(settings.kafka, source): source for source in sources}
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopped = False
+        # From here on: a process that answers before its roles have begun is not ready, and may stall as it begins.
+        health.wait_for(name)
+        health.beat(name)
         self._ticked = clock()
         self._busy_since: float | None = None
         self.app.agent(raw_topic(self.app, settings.kafka, *sources), name=name)(self._agent)
@@ -150,8 +153,6 @@ class Role(Generic[P]):
 
     async def start(self) -> None:
         """Join the group and begin to work."""
-        self.health.wait_for(self.name)
-        self.health.beat(self.name)
         await self.app.start()
         self.spawn(self._tick_forever())
         self.spawn(self._watch_forever())

@@ -32,6 +32,12 @@ def rounds(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture
+def outage(rounds: int) -> float:
+    """Seconds that a part of the site is away: 6 in CI, a minute with ``--crash-rounds 40``."""
+    return 1.5 * rounds
+
+
+@pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
     seed = int(request.config.getoption("--crash-seed"))
     print(f"--crash-seed {seed}")

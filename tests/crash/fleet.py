@@ -6,6 +6,9 @@ what ``gpl worker`` runs: processes of their own, with their own event loop, soc
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -38,12 +41,22 @@ def _main(target: Callable[..., None], arguments: tuple[Any, ...], log: str) -> 
     os.dup2(out, 1)
     os.dup2(out, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+    faulthandler.enable()
+    signal.signal(signal.SIGQUIT, _dump)
     try:
         target(*arguments)
     except BaseException:
         traceback.print_exc()
         os._exit(1)
     os._exit(0)
+
+
+def _dump(*_: object) -> None:
+    """Where every task and thread stands, into the log: for a test that waits in vain."""
+    with contextlib.suppress(RuntimeError):
+        for task in asyncio.all_tasks(asyncio.get_running_loop()):
+            task.print_stack()
+    faulthandler.dump_traceback()
 
 
 class Worker:
@@ -133,6 +146,11 @@ class Fleet:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stopping.set()
         self._supervisor.join()
+        if kind is not None:
+            for worker in self.workers:
+                if worker.ended() is None:
+                    worker.signal(signal.SIGQUIT)
+            time.sleep(2)
         for worker in self.workers:
             if worker.ended() is None:
                 worker.signal(signal.SIGTERM)

@@ -99,17 +99,18 @@ def send_items(kafka: KafkaSettings, rows: Iterable[int] = range(ITEMS), pause: 
 
 
 class Sender(threading.Thread):
-    """Sends the log over ``seconds``, in order, whatever the broker does meanwhile."""
+    """Sends the log, or a part of it, over ``seconds``, in order, whatever the broker does meanwhile."""
 
-    def __init__(self, kafka: KafkaSettings, seconds: float) -> None:
+    def __init__(self, kafka: KafkaSettings, seconds: float, part: slice = slice(None)) -> None:
         super().__init__(daemon=True)
+        self._part = part
         self._kafka = kafka
         self._seconds = seconds
         self.error: BaseException | None = None
 
     def run(self) -> None:
         try:
-            records = event_log()
+            records = event_log()[self._part]
             with producer(self._kafka, delivery_timeout_ms=300_000) as out:
                 started = time.monotonic()
                 for n, record in enumerate(records):
@@ -170,7 +171,8 @@ class Follower:
         self._vectors: dict[str, bytes] = {}
         self._seen: set[tuple[str, int]] = set()
         self._twice: list[object] = []
-        self.label_times: list[int] = []
+        self.label_times: list[tuple[int, int]] = []
+        """Partition and Kafka milliseconds of every label record."""
 
     def poll(self, timeout: float = 0.3) -> Outcome:
         """Read what has come; what the topics say now."""
@@ -197,7 +199,7 @@ class Follower:
             self._anchors[key] = value
         else:
             label = decode(Label, value)
-            self.label_times.append(record.timestamp)  # type: ignore[attr-defined]
+            self.label_times.append((record.partition, record.timestamp))  # type: ignore[attr-defined]
             if (label.request_id, label.revision) in self._seen:
                 self._twice.append((label.request_id, label.revision))
             self._seen.add((label.request_id, label.revision))

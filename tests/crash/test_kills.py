@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 
 from streams.settings import KafkaSettings
+from tests.crash.conftest import PARTITIONS
 from tests.crash.fleet import Fleet, Worker
-from tests.crash.site import ITEMS, Follower, Outcome, Sender, send_items, settings, steps, until_same
+from tests.crash.site import ITEMS, REQUESTS, Follower, Outcome, Sender, send_items, settings, steps, until_same
 from tests.integration.pipeline import wait_for
 
 SECONDS = 8.0
+TAKEOVER_SECONDS = 30.0
+"""What is promised; the group's session timeout is 10 of them."""
 
 
 @pytest.mark.kafka
@@ -56,3 +59,41 @@ def test_killed_roles_lose_nothing_and_say_nothing_twice(
     assert outcome.same_as(reference), outcome.differences(reference)
     assert outcome.twice == []
     assert [worker.failures for worker in workers] == [0] * len(workers)
+
+
+@pytest.mark.kafka
+def test_a_dead_workers_partitions_are_taken_over(
+    crash_kafka: KafkaSettings, artefacts: Path, reference: Outcome, tmp_path: Path
+) -> None:
+    """One of two workers is killed and stays away: the other labels for all partitions within the promised time."""
+    workers = [
+        Worker(settings(crash_kafka, artefacts, tmp_path / f"index-{n}"), "all", tmp_path / f"{n}.log")
+        for n in range(2)
+    ]
+    with Fleet(*workers) as fleet, Follower(crash_kafka) as follower:
+        fleet.wait_ready()
+        send_items(crash_kafka)
+        wait_for("the catalogue", lambda: len(follower.poll().vectors) == ITEMS)
+        wait_for("the workers' catalogues", lambda: all(w.metric("gpl_catalogue_items") == ITEMS for w in workers))
+        for part in (slice(None, 1500), slice(1500, None)):
+            sender = Sender(crash_kafka, 1.0, part)
+            sender.start()
+            sender.finish()
+            if part.stop is not None:
+                wait_for("labels", lambda: len(follower.poll().labels) > REQUESTS // 3)
+                assert all(sum(worker_lag(w)) > 0 for w in workers), "each has partitions"
+                fleet.keep_down(0)
+                killed = time.time() * 1000
+        until_same(follower, reference)
+        first = {
+            partition: min((at for p, at in follower.label_times if p == partition and at > killed), default=None)
+            for partition in range(PARTITIONS)
+        }
+    print({partition: None if at is None else round((at - killed) / 1000, 1) for partition, at in first.items()})
+    assert all(at is not None and at - killed < TAKEOVER_SECONDS * 1000 for at in first.values())
+
+
+def worker_lag(worker: Worker) -> list[int]:
+    """A one for every partition of recalls that the worker reports on."""
+    rows = worker.get("/metrics")[1].splitlines()
+    return [1 for row in rows if row.startswith("gpl_consumer_lag{") and '.recalls"' in row]

@@ -19,7 +19,7 @@ from tests.crash.fleet import Worker
 from tests.crash.site import Sender, settings
 from tests.integration.pipeline import wait_for
 
-STALLED_AFTER = 3.0
+STALLED_AFTER = 6.0
 
 
 def run_with_faults(chosen: Settings, role: str) -> None:
@@ -51,9 +51,14 @@ def profiles(crash_kafka: KafkaSettings, artefacts: Path, tmp_path: Path) -> Ite
     chosen = settings(crash_kafka, artefacts, tmp_path / "index", metrics=live)
     worker = Worker(chosen, "profiles", tmp_path / "profiles.log", run_with_faults)
     worker.start()
-    wait_for("the worker to be ready", lambda: worker.get("/ready")[0] == 200)
-    yield worker
-    worker.kill()
+    try:
+        wait_for("the worker to be ready", lambda: worker.get("/ready")[0] == 200)
+        yield worker
+    finally:
+        worker.signal(signal.SIGQUIT)
+        time.sleep(1)
+        worker.kill()
+        print(worker.log.read_text()[-20000:])
 
 
 def stalled(worker: Worker) -> list[str]:
@@ -63,7 +68,7 @@ def stalled(worker: Worker) -> list[str]:
 
 @pytest.mark.kafka
 def test_a_blocked_loop_is_not_live(profiles: Worker) -> None:
-    assert profiles.get("/health")[0] == 200
+    wait_for("the worker to be live", lambda: profiles.get("/health")[0] == 200)
     profiles.signal(signal.SIGUSR1)
     wait_for("the loop to count as stalled", lambda: "profiles" in stalled(profiles))
 
@@ -74,7 +79,8 @@ def test_a_consumer_that_is_stuck_while_there_are_records_is_not_live(
 ) -> None:
     profiles.signal(signal.SIGUSR2)
     time.sleep(2 * STALLED_AFTER)
-    assert profiles.get("/health")[0] == 200  # nothing is there to be read: it is idle, not stuck
+    # Nothing is there to be read: it is idle, not stuck.
+    wait_for("the worker to be live", lambda: profiles.get("/health")[0] == 200)
     sender = Sender(crash_kafka, 0.1)
     sender.start()
     sender.finish()
