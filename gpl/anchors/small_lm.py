@@ -136,24 +136,48 @@ class SmallLM:
         check_trie(trie, shape.levels, shape.codebook_size)
         device = self._model.offsets.device
         trie = trie.to(device)
-        return [self._generate(history, trie, beams, device) for history in histories]
+        return [self._generate([history], trie, beams, device)[0] for history in histories]
 
-    def _generate(self, history: History, trie: SidTrie, beams: int, device: torch.device) -> Beams:
+    @torch.inference_mode()
+    def generate_batched(self, histories: Sequence[History], trie: SidTrie, beams: int, size: int = 64) -> list[Beams]:
+        """As ``generate``, but equally long histories go through the network together, ``size`` at once.
+
+        Several times as fast, for studies: logprobs move by up to 1e-6 with who else is in the batch, and beams with
+        them where two are that close.
+        """
+        shape = self.shape
+        check_trie(trie, shape.levels, shape.codebook_size)
+        device = self._model.offsets.device
+        trie = trie.to(device)
+        lengths = np.array([min(len(history), shape.history) for history in histories])
+        found: list[Beams | None] = [None] * len(histories)
+        for length in np.unique(lengths).tolist():
+            same = np.flatnonzero(lengths == length).tolist()
+            for start in range(0, len(same), size):
+                rows = same[start : start + size]
+                for row, made in zip(
+                    rows, self._generate([histories[r] for r in rows], trie, beams, device), strict=True
+                ):
+                    found[row] = made
+        return [made for made in found if made is not None]
+
+    def _generate(self, histories: Sequence[History], trie: SidTrie, beams: int, device: torch.device) -> list[Beams]:
+        """Histories of one length, as far as the model reads them."""
         model = self._model
-        recent = history.last(self.shape.history).sids
-        check_sids(recent, self.shape.levels, self.shape.codebook_size, "history")
-        items = model.embed(torch.from_numpy(recent.astype(np.int64)).to(device)).sum(dim=1)
-        context = model.context(items.unsqueeze(0))[:, -1]
+        recent = np.stack([history.last(self.shape.history).sids for history in histories])
+        check_sids(recent.reshape(-1, recent.shape[2]), self.shape.levels, self.shape.codebook_size, "history")
+        items = model.embed(torch.from_numpy(recent.astype(np.int64)).to(device)).sum(dim=2)
+        context = model.context(items)[:, -1]
         sids, logprobs = beam_search(
             lambda prefixes, _: model.next_code(context, prefixes.to(device)),
             trie,
-            1,
+            len(histories),
             beams,
             self.decoding.temperature,
             # All that was seen, not only what the model reads.
-            closed_nodes(trie, [history.sids], self.decoding),
+            closed_nodes(trie, [history.sids for history in histories], self.decoding),
         )
-        return as_beams(sids[0], logprobs[0])
+        return [as_beams(*one) for one in zip(sids, logprobs, strict=True)]
 
     def save(self, directory: Path) -> None:
         """Write ``generator.json`` and ``generator.safetensors`` into ``directory``, which is made if need be."""

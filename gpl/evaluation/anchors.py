@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from gpl.anchors.base import AnchorGenerator, Anchors, Beams, History, anchors_of
+from gpl.anchors.base import Anchors, Beams, History, anchors_of
 from gpl.anchors.history import HistoryClusters
 from gpl.anchors.small_lm import SmallLM, SmallLMConfig
 from gpl.anchors.training import Schedule
@@ -23,7 +23,7 @@ from gpl.evaluation.dataset import Floats, Ints
 from gpl.evaluation.world import World
 from gpl.fit import FitOptions, fit_quantiser
 
-FOLDS = 4
+FOLDS = 2
 HISTORY = 50
 """Most recent positives that anchors are made of."""
 
@@ -73,12 +73,16 @@ class AnchorSets:
 
 
 class Cases:
-    """The different (user, number of positives known) of a world: anchors are generated once for each."""
+    """The different (user, number of positives known) of a world: anchors are generated once for each.
+
+    Anchors are refreshed when a user's positives have grown by half, not with every click, as in the stream.
+    """
 
     def __init__(self, world: World) -> None:
         everything = world.positives.sizes
+        log_known = refreshed(world.known)
         user = np.concatenate([world.log.user, world.held_out.user, np.arange(world.n_users)])
-        known = np.concatenate([world.known, everything[world.held_out.user], everything])
+        known = np.concatenate([log_known, everything[world.held_out.user], everything])
         pairs, case = np.unique(np.stack([user, known], axis=1), axis=0, return_inverse=True)
         self.user, self.known = pairs.T
         self.log, self.held_out, self.final = np.split(
@@ -88,6 +92,17 @@ class Cases:
 
     def __len__(self) -> int:
         return len(self.user)
+
+
+def refreshed(known: Ints) -> Ints:
+    """(R,) how many positives the anchors in force are made of: the largest of 0, 1, 2, 3, 5, 8, 12, ... at most
+    ``known``."""
+    grid = [0, 1]
+    while grid[-1] < known.max(initial=0):
+        grid.append(grid[-1] + (grid[-1] + 1) // 2)
+    steps = np.array(grid, dtype=np.int64)
+    result: Ints = steps[np.searchsorted(steps, known, side="right") - 1]
+    return result
 
 
 def make_anchors(world: World, cases: Cases, spec: AnchorSpec, seed: int) -> AnchorSets:
@@ -134,18 +149,17 @@ def _beams(
             beams[case] = Beams(drawn, np.full(count, -np.log(len(distinct)), dtype=np.float32))
         return beams
     if spec.generator == "history":
-        folds: list[tuple[AnchorGenerator, list[int]]] = [(HistoryClusters(HISTORY), asked)]
-    else:
-        fold_of = rng.permutation(world.n_users) % FOLDS
-        folds = [
-            (
-                _language_model(world, sids, quantiser, np.flatnonzero(fold_of != fold), spec, seed),
-                [case for case in asked if fold_of[cases.user[case]] == fold],
-            )
-            for fold in range(FOLDS)
-        ]
-    for generator, mine in folds:
-        for case, found in zip(mine, generator.generate([histories[c] for c in mine], trie, spec.beams), strict=True):
+        made = HistoryClusters(HISTORY).generate([histories[case] for case in asked], trie, spec.beams)
+        for case, found in zip(asked, made, strict=True):
+            beams[case] = found
+        return beams
+    fold_of = rng.permutation(world.n_users) % FOLDS
+    for fold in range(FOLDS):
+        model = _language_model(world, sids, quantiser, np.flatnonzero(fold_of != fold), spec, seed)
+        mine = [case for case in asked if fold_of[cases.user[case]] == fold]
+        for case, found in zip(
+            mine, model.generate_batched([histories[case] for case in mine], trie, spec.beams), strict=True
+        ):
             beams[case] = found
     return beams
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from gpl.evaluation.anchors import AnchorSpec, Generator
 from gpl.evaluation.bench import Bench, Source
@@ -25,8 +26,13 @@ _TEACHERS = 3
 def exposed_only(bench: Bench, generator: Generator | None) -> Scores:
     """Cross-entropy on what was exposed, nothing else. ``generator`` (here and below): whose anchor score the model
     has as its cross input; None: it does without."""
-    loss = LossConfig(pseudo_weight=0, negatives_weight=0)
-    return _fit(bench, "recalled", *_inputs(bench, generator, "recalled"), _library(bench), loss)
+
+    def step(learner: Learner, batch: Batch, _: Ints) -> None:
+        batch = batch.exposed_only()
+        if len(batch.request):
+            learner.update(_cross_entropy(learner, batch, bench.world.vectors).mean())
+
+    return _fit(bench, "recalled", *_inputs(bench, generator, "recalled"), step)
 
 
 def negatives(bench: Bench, generator: Generator | None, weight: float, source: Source) -> Scores:
@@ -42,17 +48,15 @@ def negatives(bench: Bench, generator: Generator | None, weight: float, source: 
     log_q = np.log(counts / counts.mean()).astype(np.float32)
 
     def step(learner: Learner, batch: Batch, _: Ints) -> None:
-        learner.model.observe(batch.score)
-        items = batch.item_row[batch.item] - 1
-        logits = learner.model(batch, bench.world.vectors).full - torch.from_numpy(log_q[items])
-        terms = F.binary_cross_entropy_with_logits(logits, torch.from_numpy(batch.clicked), reduction="none")
+        shift = log_q[batch.item_row[batch.item] - 1]
+        terms = _cross_entropy(learner, batch, bench.world.vectors, shift=shift)
         exposed = torch.from_numpy(batch.exposed)
         total = terms[exposed].mean()
         if not batch.exposed.all():
             total = total + weight * terms[~exposed].mean()
         learner.update(total)
 
-    return _fit(bench, source, columns, scores_of, step, LossConfig())
+    return _fit(bench, source, columns, scores_of, step)
 
 
 def inverse_propensity(bench: Bench, generator: Generator | None, clip: float) -> Scores:
@@ -68,13 +72,11 @@ def inverse_propensity(bench: Bench, generator: Generator | None, clip: float) -
         batch = batch.exposed_only()
         if len(batch.request) == 0:
             return
-        learner.model.observe(batch.score)
-        logits = learner.model(batch, bench.world.vectors).full
         weight = torch.from_numpy(weight_of[batch.item_row[batch.item] - 1])
-        terms = F.binary_cross_entropy_with_logits(logits, torch.from_numpy(batch.clicked), reduction="none")
+        terms = _cross_entropy(learner, batch, bench.world.vectors)
         learner.update((terms * weight).sum() / weight.sum())
 
-    return _fit(bench, "recalled", columns, scores_of, step, LossConfig())
+    return _fit(bench, "recalled", columns, scores_of, step)
 
 
 def distillation(bench: Bench, generator: Generator | None, weight: float) -> Scores:
@@ -96,9 +98,18 @@ def _taught(bench: Bench, generator: Generator | None, weight: float, teachers: 
     every = np.stack([teach(bench.world, bench.pairs("recalled"), columns.score, seed) for seed in seeds])
     label = every.mean(axis=0).astype(np.float32)
     confidence = np.exp(-_divergence(every, label)).astype(np.float32)
-    loss = LossConfig(pseudo="pointwise", pseudo_weight=weight, negatives_weight=0)
-    taught = Columns(columns.score, label, confidence)
-    return _fit(bench, "recalled", taught, scores_of, _library(bench), loss)
+
+    def step(learner: Learner, batch: Batch, _: Ints) -> None:
+        target = np.where(batch.exposed, batch.clicked, batch.label)
+        terms = _cross_entropy(learner, batch, bench.world.vectors, target)
+        exposed = torch.from_numpy(batch.exposed)
+        total = terms[exposed].mean()
+        if not batch.exposed.all():
+            certainty = torch.from_numpy(batch.confidence)[~exposed]
+            total = total + weight * (terms[~exposed] * certainty).sum() / certainty.sum()
+        learner.update(total)
+
+    return _fit(bench, "recalled", Columns(columns.score, label, confidence), scores_of, step)
 
 
 def _divergence(every: Floats, mean: Floats) -> Floats:
@@ -122,19 +133,21 @@ def blank(pairs: Pairs) -> Columns:
     return Columns(np.full(n, np.nan, np.float32), np.zeros(n, np.float32), np.zeros(n, np.float32))
 
 
-def _library(bench: Bench) -> Step:
-    """The pre-ranker's own step."""
+def _cross_entropy(
+    learner: Learner, batch: Batch, content: Floats, target: Floats | None = None, shift: Floats | None = None
+) -> Tensor:
+    """(P,) cross-entropy of the model's logits, less ``shift`` (P,), with ``target`` (P,), the clicks where None."""
+    learner.model.observe(batch.score)
+    logits = learner.model(batch, content).full
+    if shift is not None:
+        logits = logits - torch.from_numpy(shift)
+    labels = torch.from_numpy(batch.clicked if target is None else target)
+    return F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
 
-    def step(learner: Learner, batch: Batch, _: Ints) -> None:
-        learner.step(batch, bench.world.vectors)
 
-    return step
-
-
-def _fit(
-    bench: Bench, source: Source, columns: Columns, scores_of: Scores | None, step: Step, loss: LossConfig
-) -> Scores:
-    pairs = bench.pairs(source)
+def _fit(bench: Bench, source: Source, columns: Columns, scores_of: Scores | None, step: Step) -> Scores:
+    # The loss is the step's own; the learner's is not asked.
+    loss, pairs = LossConfig(), bench.pairs(source)
     return train(
         bench.world, pairs, columns, scores_of, step, loss, bench.train_config, bench.seed, bench.validation
     ).scores

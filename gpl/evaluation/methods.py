@@ -73,7 +73,7 @@ def _anchor_alone(name: str, title: str, **spec: Any) -> Method:
 
 _OFF = {"dispersion": False, "history": False, "generation": False}
 _NEGATIVES = {"weight": (1.0, 0.3, 3.0), "source": ("recalled", "uniform")}
-_TAUGHT = {"generator": GENERATORS, "weight": (1.0, 0.3)}
+_TAUGHT = {"weight": (1.0, 0.3)}
 
 _PSEUDO = {"weight": (1.0, 0.3, 3.0), "negatives": (1.0, 3.0), "source": ("recalled", "uniform")}
 
@@ -89,7 +89,7 @@ METHODS: tuple[Method, ...] = (
         "Exposed only, anchor score as input",
         "no pseudo-labels",
         baselines.exposed_only,
-        {"generator": GENERATORS},
+        settings={"generator": "history"},
     ),
     Method(
         "negatives",
@@ -104,17 +104,41 @@ METHODS: tuple[Method, ...] = (
         "Negative sampling, anchor score as input",
         "no pseudo-labels",
         baselines.negatives,
-        {"generator": GENERATORS, **_NEGATIVES},
+        _NEGATIVES,
+        settings={"generator": "history"},
+    ),
+    Method(
+        "no-labels",
+        "GPL's own loss without pseudo-labels",
+        "no pseudo-labels",
+        _gpl,
+        {"generator": GENERATORS, "negatives": (1.0, 3.0), "source": ("recalled", "uniform")},
+        settings={"weight": 0.0},
     ),
     Method(
         "ips",
         "Inverse propensity, anchor score as input",
         "no pseudo-labels",
         baselines.inverse_propensity,
-        {"generator": GENERATORS, "clip": (10.0, 100.0)},
+        {"clip": (10.0, 100.0)},
+        settings={"generator": "history"},
     ),
-    Method("distillation", "Distillation from a ranker", "pseudo-labels", baselines.distillation, _TAUGHT),
-    Method("self-training", "Self-training with uncertainty", "pseudo-labels", baselines.self_training, _TAUGHT),
+    Method(
+        "distillation",
+        "Distillation from a ranker",
+        "pseudo-labels",
+        baselines.distillation,
+        _TAUGHT,
+        settings={"generator": "history"},
+    ),
+    Method(
+        "self-training",
+        "Self-training with uncertainty",
+        "pseudo-labels",
+        baselines.self_training,
+        _TAUGHT,
+        settings={"generator": "history"},
+    ),
     Method(
         "mean-labels",
         "Mean-history labels instead of an LM",

@@ -8,6 +8,7 @@ settings, the sources that computed it), so a study goes on where it was stopped
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import multiprocessing
 import time
@@ -29,6 +30,7 @@ from gpl.evaluation.reliability import reliability
 from gpl.evaluation.sources import open_dataset
 from gpl.evaluation.training import TrainConfig, one_thread
 from gpl.evaluation.upstream import UpstreamConfig
+from gpl.preranker.learner import Learner
 from gpl.space import SentenceEncoder
 
 _WORLD_CODE = (
@@ -39,9 +41,9 @@ _ANCHOR_CODE = ("anchors", "codes", "evaluation/anchors.py", "evaluation/labels.
 _TRAINED_CODE = (
     *_ANCHOR_CODE,
     *(f"evaluation/{name}.py" for name in ("pairs", "training", "baselines", "ranker")),
-    *(f"preranker/{name}.py" for name in ("batch", "learner", "model")),
+    *(f"preranker/{name}.py" for name in ("batch", "model")),
 )
-_GPL_CODE = (*_TRAINED_CODE, "evaluation/generative.py", "labels", "preranker/loss.py")
+_GPL_CODE = (*_TRAINED_CODE, "evaluation/generative.py", "labels", "preranker")
 
 
 @dataclass(frozen=True)
@@ -184,12 +186,14 @@ class _Work:
         code: tuple[str, ...] = (*_WORLD_CODE, "evaluation/untrained.py")
         if method.name.startswith("anchor"):
             code = (*code, *_ANCHOR_CODE)
-        elif method.group in ("gpl", "ablation", "control") or method.name == "mean-labels":
+        elif method.run is BY_NAME["gpl"].run:
             code = (*_WORLD_CODE, *_GPL_CODE)
         elif method.name not in ("popularity", "ease"):
             code = (*_WORLD_CODE, *_TRAINED_CODE)
         config = self.config
-        return _digest(self._fingerprint, config.encoder, repr(config.train), repr(config.upstream), code_digest(*code))
+        # Of the learner, baselines use the optimizer's step alone: how its own loss is made is not theirs.
+        parts = (self._fingerprint, config.encoder, repr(config.train), repr(config.upstream))
+        return _digest(*parts, code_digest(*code), inspect.getsource(Learner.update))
 
 
 def dataset_digest(dataset: Dataset) -> str:

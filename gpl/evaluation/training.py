@@ -29,11 +29,11 @@ class TrainConfig:
     """
 
     dim: int = 32
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-2
     weight_decay: float = 1e-3
     batch_requests: int = 256
-    hidden: int = 20
-    epochs: int = 12
+    hidden: int = 15
+    epochs: int = 10
     patience: int = 2
 
 

@@ -25,7 +25,7 @@ class UpstreamConfig:
     recalled: int = 60
     popularity_power: float = 1.0
     """Items are exposed in proportion to popularity to this power."""
-    log_requests: int = 12
+    log_requests: int = 6
     """Newest requests of a user that are logged (purchases in order); what came before is history."""
     clicks: int = 4
     """Most clicks of one request (purchases in order): a larger basket is several requests."""
