@@ -157,7 +157,13 @@ def calculation_story(told: Told, item_id: str, value: Value | None) -> dict[str
 
 
 def _calibration(calibration: Calibration | None) -> dict[str, Any]:
+    linear = "(1 + score) / 2"
     if calibration is None:
-        return {"version": "none", "kind": "none", "ts": None, "slope": None, "intercept": None, "fitted_on": 0}
+        return {"version": "none", "kind": "none", "formula": linear, "fitted_on": 0}
+    formula = linear
+    if calibration.kind == "platt":
+        formula = f"sigmoid({calibration.slope:.4f} * score {calibration.intercept:+.4f})"
+    elif calibration.kind == "isotonic":
+        formula = f"linear between {len(calibration.scores)} knots"
     said = {name: getattr(calibration, name) for name in calibration.__struct_fields__}
-    return {**said, "time": time_text(calibration.ts)}
+    return {**said, "time": time_text(calibration.ts), "formula": formula}

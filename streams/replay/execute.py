@@ -7,13 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from streams.labels.code import code_version
 from streams.replay.compare import Comparison, compare
 from streams.replay.log import Log
 from streams.replay.output import Output
+from streams.replay.refreshes import refreshes
 from streams.replay.report import comparison_document, selection_document
 from streams.replay.run import Replay, Setup
 from streams.replay.select import Selection
+from streams.replay.training import Spool, trained
 from streams.replay.whatif import WhatIf
 from streams.settings import Settings
 
@@ -43,7 +48,8 @@ def execute(
         beside = [Setup.of(settings, log.frame)]
     replay = Replay(log, selection, setup, *beside, ahead_ms=ahead_ms)
     loaded = time.monotonic()
-    output = _All(outputs)
+    spool = Spool() if asked.trainer else None
+    output = _All([*outputs, *([spool] if spool is not None else [])])
     comparison = None
     if compared:
         comparison = compare(replay, output, top)
@@ -52,11 +58,28 @@ def execute(
             output.write(result)
     about = _about(replay, selection, asked)
     output.finish(about)
-    document: dict[str, Any] = {**about, "set": {**asked.labels, **asked.trainer, **asked.profiles}}
+    changes = {"labels": asked.labels, "trainer": asked.trainer, "profiles": asked.profiles}
+    document: dict[str, Any] = {
+        **about,
+        "set": {f"{section}.{name}": value for section, some in changes.items() for name, value in some.items()},
+    }
     document["written_to"] = [one.name for one in outputs]
     document["rate"] = _rate(replay, loaded - started, time.monotonic() - started)
-    if comparison is not None:
-        document["comparison"] = comparison_document(comparison)
+    document["comparison"] = None if comparison is None else comparison_document(comparison)
+    document["training"] = document["refreshes"] = None
+    items = replay.items.catalogue
+    if spool is not None:
+        try:
+            document["training"] = trained(spool, log.frame, items, settings.trainer, asked.settings.trainer)
+        finally:
+            spool.close()
+    if asked.profiles:
+
+        def vector_of(item: str) -> NDArray[np.float32] | None:
+            known, vectors = items.lookup([item])
+            return vectors[0] if known else None
+
+        document["refreshes"] = refreshes(log, selection, settings, asked.settings, vector_of)
     return Run(document, comparison)
 
 

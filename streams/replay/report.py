@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from streams.replay.answers import METRICS, interval_text, refreshes_table, training_table
 from streams.replay.compare import Comparison, Ranked, Sided
 from streams.replay.page import page
 from streams.replay.preview import Preview
@@ -151,6 +152,10 @@ def run_table(run: Run, top: int) -> RenderableType:
     for warning in said["warnings"]:
         lines.add_row("note", Text(warning))
     parts: list[RenderableType] = [lines]
+    if said["training"] is not None:
+        parts += [Text(), training_table(said["training"])]
+    if said["refreshes"] is not None:
+        parts += [Text(), refreshes_table(said["refreshes"])]
     if run.comparison is not None:
         parts += [Text(), comparison_table(run.comparison, top)]
     return Lines(*parts)
@@ -273,4 +278,4 @@ def _one_sided(name: str, sided: Sided, top: int) -> RenderableType:
 
 def html(document: dict[str, Any]) -> str:
     """A run as one HTML page that loads nothing."""
-    return page("replay.html.j2", run=document, meanings=MEANINGS)
+    return page("replay.html.j2", run=document, metrics=METRICS, interval=interval_text)

@@ -129,12 +129,7 @@ def _calculation(story: dict[str, Any]) -> RenderableType | None:
         lines.add_row("label", f"{steps['label']:.0f}", "the click; the score is carried for calibration")
         return lines
     said = steps["calibration"]
-    formula = (
-        f"sigmoid({said['slope']:.4f} * score + {said['intercept']:.4f})"
-        if said["kind"] == "platt"
-        else "(1 + score) / 2"
-    )
-    lines.add_row("label", f"{steps['label']:.6f}", f"{formula}, calibration {said['version']}")
+    lines.add_row("label", f"{steps['label']:.6f}", f"{said['formula']}, calibration {said['version']}")
     for name, factor in steps["factors"].items():
         lines.add_row(name, f"{factor['value']:.6f}", "" if factor["used"] else "off: counts as 1")
     lines.add_row("confidence", f"{steps['confidence']:.6f}", "their product")

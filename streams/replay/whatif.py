@@ -29,7 +29,9 @@ LABELS = frozenset(
         "max_ahead_seconds",
     }
 )
-TRAINER = frozenset({"pseudo_weight", "negatives_weight", "loss", "learning_rate", "weight_decay", "dim", "seed"})
+TRAINER = frozenset(
+    {"pseudo_weight", "evidence", "negatives_weight", "loss", "learning_rate", "weight_decay", "dim", "seed"}
+)
 PROFILES = frozenset(
     {"drift_threshold", "drift_delta", "min_interval_seconds", "max_age_seconds", "min_positives", "max_positives"}
 )
