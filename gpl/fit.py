@@ -17,6 +17,7 @@ from gpl.anchors.base_models import SMOLLM2
 from gpl.anchors.beam import Decoding
 from gpl.anchors.history import HistoryClusters
 from gpl.anchors.lora_lm import LoraConfig, LoraLM
+from gpl.anchors.mixed import MixedGenerator
 from gpl.anchors.small_lm import SmallLM, SmallLMConfig
 from gpl.anchors.training import Resume, Schedule
 from gpl.artefacts import Artefacts
@@ -48,7 +49,8 @@ class Event(NamedTuple):
 @dataclass(frozen=True)
 class FitOptions:
     """``levels`` and ``codebook_size`` None: chosen from the catalogue. ``history``: most recent positives that anchors
-    are made from. ``base_model``: of lora-lm, see `load_backbone`. ``epochs`` None: what suits the generator.
+    are made from. ``base_model``: of lora-lm, see `load_backbone`. ``history_share``: of a language model's
+    anchors, how many are history clusters instead (`MixedGenerator`). ``epochs`` None: what suits the generator.
     ``calibration``: its form, fitted on the exposures of ``calibration_users`` users, as ``labelling`` scores.
     ``resume``: directory where the training of a language model keeps its state, to go on after an interruption.
     """
@@ -60,6 +62,7 @@ class FitOptions:
     codebook_size: int | None = None
     beams: int = 10
     history: int = 50
+    history_share: float = 0.0
     epochs: int | None = None
     downsample_threshold: float = 1e-3
     exclude_seen: bool = False
@@ -96,7 +99,7 @@ def fit(
     row_of = {item.item_id: row for row, item in enumerate(items)}
     known = [event for event in events if event.item_id in row_of]
     positives = _positives(known, row_of)
-    generator, unseen = _generator(items, positives, sids, quantiser, options, seed, warnings, say)
+    generator, losses, unseen = _generator(items, positives, sids, quantiser, options, seed, warnings, say)
     # A language model scores the later clicks of users that it was trained on too well.
     judged = {user: positives[user] for user in unseen}
     fitted = _calibration(known, judged, row_of, vectors, sids, generator, quantiser, options, seed, warnings)
@@ -107,7 +110,7 @@ def fit(
         "users_with_positives": len(positives),
         "positives": sum(len(user.rows) for user in positives.values()),
         "quantiser": quantiser.report(vectors),
-        "generator_losses": list(generator.validation_losses) if isinstance(generator, SmallLM | LoraLM) else [],
+        "generator_losses": list(losses),
         "newest_ts": max((event.ts for event in events), default=None),
         "seed": seed,
         "warnings": warnings,
@@ -151,44 +154,64 @@ def _generator(
     seed: int,
     warnings: list[str],
     say: Say,
-) -> tuple[AnchorGenerator, list[str]]:
-    """The generator, and the users that it was not trained on."""
-    if options.generator == "history":
-        return HistoryClusters(exclude_seen=options.exclude_seen), list(positives)
+) -> tuple[AnchorGenerator, tuple[float, ...], list[str]]:
+    """The generator, its validation losses, and the users that it was not trained on."""
     # By user id: the seed then decides the split into trained and held-out users, not the order of the events.
     users = [user for user in sorted(positives) if len(positives[user].rows) >= 2]
-    sequences = [sids[positives[user].rows] for user in users]
-    if len(sequences) < MIN_SEQUENCES:
+    if options.generator != "history" and len(users) < MIN_SEQUENCES:
         warnings.append(
-            f"{len(sequences)} users have two or more positives, a language model needs {MIN_SEQUENCES}: "
+            f"{len(users)} users have two or more positives, a language model needs {MIN_SEQUENCES}: "
             "anchors are history clusters"
         )
-        return HistoryClusters(exclude_seen=options.exclude_seen), list(positives)
+        options = replace(options, generator="history")
+    sequences = [sids[positives[user].rows] for user in users]
+    generator, losses, held_out = train_generator(sequences, items, sids, quantiser, options, seed, say)
+    return generator, losses, list(positives) if held_out is None else [users[i] for i in held_out]
+
+
+def train_generator(
+    sequences: Sequence[NDArray[np.int32]],
+    items: Sequence[ItemContent],
+    sids: NDArray[np.int32],
+    quantiser: Quantiser,
+    options: FitOptions,
+    seed: int,
+    say: Say | None = None,
+) -> tuple[AnchorGenerator, tuple[float, ...], list[int] | None]:
+    """The generator that ``options`` name, on users' SIDs (n, levels), oldest first.
+
+    ``items`` and their ``sids`` (items, levels) tell a pre-trained model what codes are about. Answers the generator,
+    its validation losses, and which sequences decided when to stop (None where nothing was trained).
+    """
+    clusters = HistoryClusters(options.history, exclude_seen=options.exclude_seen)
+    if options.generator == "history":
+        return clusters, (), None
 
     def progress(step: int, total: int, loss: float) -> None:
-        if step % 50 == 0 or step == total:
+        if say is not None and (step % 50 == 0 or step == total):
             say(f"language model: step {step} of {total}, loss {loss:.2f}")
 
     # One user in ten decides when to stop.
-    order = np.random.default_rng(seed).permutation(len(sequences))
+    order = np.random.default_rng(seed).permutation(len(sequences)).tolist()
     held = max(1, len(sequences) // 10)
     trained, held_out = [sequences[i] for i in order[held:]], [sequences[i] for i in order[:held]]
     decoding = Decoding(options.temperature, options.exclude_seen)
     resume = None if options.resume is None else Resume(options.resume / "generator.safetensors")
     shape = quantiser.levels, quantiser.codebook_size
-    generator: SmallLM | LoraLM
+    model: SmallLM | LoraLM
     if options.generator == "lora-lm":
         lora = LoraConfig(options.base_model, options.history, decoding=decoding)
         lora = replace(lora, schedule=_schedule(lora.schedule, options))
         texts = [(item.text, sid) for item, sid in zip(items, sids, strict=True) if item.text.strip()]
-        generator = LoraLM.train(
-            trained, held_out, *shape, lora, seed, on_progress=progress, resume=resume, texts=texts
-        )
+        model = LoraLM.train(trained, held_out, *shape, lora, seed, on_progress=progress, resume=resume, texts=texts)
     else:
         small = SmallLMConfig(options.history, decoding=decoding)
         small = replace(small, schedule=_schedule(small.schedule, options))
-        generator = SmallLM.train(trained, held_out, *shape, small, seed, on_progress=progress, resume=resume)
-    return generator, [users[i] for i in order[:held]]
+        model = SmallLM.train(trained, held_out, *shape, small, seed, on_progress=progress, resume=resume)
+    generator: AnchorGenerator = model
+    if options.history_share > 0:
+        generator = MixedGenerator(model, clusters, options.history_share)
+    return generator, model.validation_losses, order[:held]
 
 
 def _schedule(default: Schedule, options: FitOptions) -> Schedule:

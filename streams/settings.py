@@ -76,6 +76,9 @@ class GeneratorSettings(Section):
     base_model: str = Field("smollm2", description="of lora-lm: smollm2, or any causal LM by directory or hub name")
     beams: int = Field(10, ge=1, le=200, description="anchors a user, K")
     history: int = Field(50, ge=1, description="most recent positives read by the generator")
+    history_share: float = Field(
+        0.0, ge=0, lt=1, description="share of a language model's anchors that are clusters of the history instead"
+    )
     epochs: int | None = Field(None, ge=1, description="most passes over the sequences; None: what suits the kind")
     downsample_threshold: float = Field(
         1e-3, gt=0, description="t in min(1, sqrt(t / f)): keep probability of an item with frequency f"

@@ -131,6 +131,7 @@ def load_generator(directory: Path) -> AnchorGenerator:
     # Imported here: implementations import this module, and reading history clusters should not need the LM.
     from gpl.anchors.history import HistoryClusters
     from gpl.anchors.lora_lm import LoraLM
+    from gpl.anchors.mixed import MixedGenerator
     from gpl.anchors.small_lm import SmallLM
 
     path = directory / GENERATOR_FILE
@@ -146,5 +147,7 @@ def load_generator(directory: Path) -> AnchorGenerator:
         return HistoryClusters.load(directory)
     if kind == LoraLM.kind:
         return LoraLM.load(directory)
-    known = ", ".join(cls.kind for cls in (SmallLM, LoraLM, HistoryClusters))
+    if kind == MixedGenerator.kind:
+        return MixedGenerator.load(directory)
+    known = ", ".join(cls.kind for cls in (SmallLM, LoraLM, HistoryClusters, MixedGenerator))
     raise ValueError(f"{path}: kind {kind!r} is unknown; it must be one of {known}")

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from gpl.anchors.base import Beams, History, anchors_of, load_generator
 from gpl.anchors.beam import Decoding, beam_search
 from gpl.anchors.history import HistoryClusters
+from gpl.anchors.mixed import MixedGenerator
 from gpl.anchors.sampling import batches, keep_probabilities, thin, windows
 from gpl.anchors.small_lm import SmallLM, SmallLMConfig
 from gpl.anchors.training import Resume, Schedule
@@ -351,6 +352,32 @@ def test_history_clusters_separate_two_interests(tmp_path: Path):
     np.testing.assert_allclose(np.exp(found.logprobs), [0.75, 0.25], atol=1e-6)
     generator.save(tmp_path)
     assert load_generator(tmp_path).version == generator.version
+
+
+def test_mixed_anchors_are_those_of_both_with_their_shares(cycle_lm: SmallLM, tmp_path: Path):
+    sids, vectors = catalogue(11, n=40)
+    trie, history = SidTrie(sids, SIZE, vectors), History(sids[:6], vectors[:6])
+    clusters = HistoryClusters()
+    mixed = MixedGenerator(cycle_lm, clusters, 0.4)
+    (found,) = mixed.generate([history], trie, 5)
+    (own,), (expected,) = clusters.generate([history], trie, 2), cycle_lm.generate([history], trie, 3)
+    probability: dict[tuple[int, ...], float] = {}
+    for part, share in ((own, 0.4), (expected, 0.6)):
+        for sid, logprob in zip(map(tuple, part.sids.tolist()), part.logprobs, strict=True):
+            probability[sid] = probability.get(sid, 0.0) + share * float(np.exp(logprob))
+    assert {tuple(sid) for sid in found.sids.tolist()} == set(probability)
+    for sid, logprob in zip(map(tuple, found.sids.tolist()), found.logprobs, strict=True):
+        assert abs(np.exp(logprob) - probability[sid]) < 1e-5
+    assert (np.diff(found.logprobs) <= 0).all()
+    (without,) = mixed.generate([History(sids[:0], vectors[:0])], trie, 5)
+    np.testing.assert_array_equal(without.sids, cycle_lm.generate([History(sids[:0], vectors[:0])], trie, 5)[0].sids)
+    assert len(mixed.generate([history], trie, 1)[0]) == 1
+    mixed.save(tmp_path)
+    loaded = load_generator(tmp_path)
+    assert loaded.version == mixed.version != MixedGenerator(cycle_lm, clusters, 0.5).version
+    np.testing.assert_array_equal(loaded.generate([history], trie, 5)[0].sids, found.sids)
+    with pytest.raises(ValueError, match=r"share: 1\.0"):
+        MixedGenerator(cycle_lm, clusters, 1.0)
 
 
 def test_anchors_are_the_means_of_the_items_that_carry_a_sid():
