@@ -24,6 +24,7 @@ from streams.demo.command import demo
 from streams.dlq.command import app as dlq_app
 from streams.evaluation.command import datasets_app, evaluate
 from streams.fit_command import fit
+from streams.inspect_command import app as inspect_app
 from streams.log_view import TopicMissingError
 from streams.replay.command import capture, explain, replay
 from streams.settings import Settings, load
@@ -39,6 +40,7 @@ app = typer.Typer(
 config_app = typer.Typer(help="The configuration in force.", no_args_is_help=True)
 app.add_typer(broker_app, name="broker")
 app.add_typer(bench_app, name="bench")
+app.add_typer(inspect_app, name="inspect")
 app.add_typer(topics_app, name="topics")
 app.add_typer(models_app, name="models")
 app.add_typer(config_app, name="config")

@@ -1,0 +1,159 @@
+"""A look inside: every number that is shown against the parts it comes from, and pages that stand alone."""
+
+from __future__ import annotations
+
+import io
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from gpl.anchors.base import History, anchors_of
+from gpl.artefacts import Artefacts
+from gpl.catalogue import ItemContent
+from gpl.codes import SidCentroids, SidTrie
+from gpl.fit import Event, FitOptions, fit
+from gpl.inspect import Inspector, html, text
+from gpl.labels import labeller
+from gpl.labels.confidence import dispersion_factor
+
+ITEMS, GROUPS, DIM = 90, 6, 12
+
+
+def items() -> list[ItemContent]:
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(GROUPS, DIM))[np.arange(ITEMS) % GROUPS] + 0.3 * rng.normal(size=(ITEMS, DIM))
+    return [ItemContent(f"i{n}", f"<b>item</b> & {n}", row.tolist()) for n, row in enumerate(rows)]
+
+
+def events() -> list[Event]:
+    rng = np.random.default_rng(1)
+    return [
+        Event(f"u{u}", f"i{n}", 1_700_000_000_000 + 60_000 * t, bool(n % GROUPS == u % GROUPS))
+        for u in range(12)
+        for t, n in enumerate(rng.choice(ITEMS, 40, replace=False))
+    ] + [Event("u0", "gone", 5, True), Event("stranger", "gone", 5, True)]
+
+
+@pytest.fixture(scope="module")
+def artefacts() -> Artefacts:
+    return fit(items(), events(), None, FitOptions(generator="history", beams=4))
+
+
+@pytest.fixture(scope="module")
+def inspector(artefacts: Artefacts) -> Inspector:
+    return Inspector(artefacts, items(), events(), None, labeller.Config(matching="kernel"), beams=4, history=5)
+
+
+def test_a_user_is_shown_as_the_parts_see_him(artefacts: Artefacts, inspector: Inspector):
+    view = inspector.user("u3")
+    clicks = sorted((e for e in events() if e.user_id == "u3" and e.clicked), key=lambda e: e.ts)
+    assert [met.item_id for met in view.history] == [e.item_id for e in clicks]
+    assert [met.read for met in view.history] == [at >= len(clicks) - 5 for at in range(len(clicks))]
+
+    raw = np.array([item.embedding for item in items()], np.float32)
+    vectors = artefacts.space.project(raw)
+    sids = artefacts.quantiser.encode(vectors)
+    rows = [int(e.item_id[1:]) for e in clicks][-5:]
+    history = History(sids[rows], vectors[rows])
+    trie = SidTrie(sids, artefacts.quantiser.codebook_size, vectors)
+    (beams,) = artefacts.generator.generate([history], trie, 4)
+    anchors = anchors_of(beams, SidCentroids(sids, vectors), history)
+    config = labeller.Config(matching="kernel")
+    prepared = labeller.PreparedAnchors.build(anchors.vectors, anchors.logprobs, anchors.history_factor, 3, config)
+    labelled = labeller.label(prepared, artefacts.calibration, vectors)
+
+    assert [anchor.sid for anchor in view.anchors] == list(map(tuple, anchors.sids.tolist()))
+    for k, anchor in enumerate(view.anchors):
+        assert anchor.probability == pytest.approx(np.exp(anchors.logprobs[k]), abs=1e-6)
+        assert anchor.history_factor == pytest.approx(anchors.history_factor[k], abs=1e-6)
+        assert anchor.confidence == pytest.approx(prepared.weight[k], abs=1e-6)
+        near = [float(vectors[int(n.item_id[1:])] @ anchors.vectors[k]) for n in anchor.nearest]
+        assert [n.cosine for n in anchor.nearest] == pytest.approx(near, abs=1e-5)
+        assert near == sorted(near, reverse=True)
+        assert not {n.item_id for n in anchor.nearest} & {met.item_id for met in view.history}
+    assert view.dispersion_factor == pytest.approx(dispersion_factor(anchors.vectors, anchors.logprobs))
+    unmet = np.setdiff1d(np.arange(ITEMS), [int(e.item_id[1:]) for e in clicks])
+    assert view.labels is not None
+    assert sum(view.labels.counts) == len(unmet)
+    assert view.labels.mean == pytest.approx(labelled.label[unmet].mean(), abs=1e-5)
+    assert view.top[0].label == pytest.approx(labelled.label[unmet].max(), abs=1e-6)
+    assert {row.item_id for row in view.top} <= {f"i{n}" for n in unmet}
+
+
+def test_a_user_as_of_a_time_and_what_is_not_known(inspector: Inspector):
+    clicks = sorted((e for e in events() if e.user_id == "u0" and e.clicked), key=lambda e: e.ts)
+    view = inspector.user("u0", until=clicks[2].ts)
+    assert (len(view.history), view.unknown_items) == (2, 1)
+    alone = inspector.user("stranger")
+    assert (alone.history, alone.anchors, alone.labels, alone.unknown_items) == ([], [], None, 1)
+    assert "No anchors" in html(alone)
+    with pytest.raises(KeyError, match="nobody"):
+        inspector.user("nobody")
+    with pytest.raises(KeyError, match="until 4"):
+        inspector.user("u0", until=4)
+
+
+def test_an_item_and_a_sid(artefacts: Artefacts, inspector: Inspector):
+    view = inspector.item("i7")
+    assert view.positives == sum(e.item_id == "i7" and e.clicked for e in events())
+    assert view.labels is not None
+    assert view.asked == sum(view.labels.counts)
+    assert [label for _, label in view.interested] == sorted((label for _, label in view.interested), reverse=True)
+    assert int(view.nearest[0].item_id[1:]) % GROUPS == 7 % GROUPS
+    below = inspector.sid(view.sid[:1])
+    assert below.count == sum(count for _, count, _ in below.children)
+    whole = inspector.sid(view.sid)
+    assert {"i7", *(n.item_id for n in view.same_sid)} == {n.item_id for n in whole.items}
+    assert whole.children == []
+    with pytest.raises(KeyError, match="no item's SID begins so"):
+        inspector.sid((99,))
+    with pytest.raises(ValueError, match="4 codes, expected 1 to 3"):
+        inspector.sid((1, 2, 3, 4))
+    with pytest.raises(KeyError, match="i999"):
+        inspector.item("i999")
+
+
+class _Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.seen.append(tag)
+        if tag not in ("meta", "br", "link", "img", "circle", "rect", "line"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in ("circle", "rect", "line"):
+            assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("of", ["user", "item", "sid"])
+def test_pages_stand_alone_and_the_terminal_shows_the_same(inspector: Inspector, of: str):
+    view = {
+        "user": lambda: inspector.user("u3"),
+        "item": lambda: inspector.item("i7"),
+        "sid": lambda: inspector.sid(inspector.item("i7").sid[:1]),
+    }[of]()
+    page = html(view)
+    tags = _Tags()
+    tags.feed(page)
+    assert tags.open == []
+    assert "script" not in tags.seen
+    assert not re.search(r"(?:src|href)=|url\(|https?://", page), "nothing is loaded from elsewhere"
+    assert "<b>item</b>" not in page, "texts of items are escaped"
+    assert "&lt;b&gt;item&lt;/b&gt;" in page
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(text(view))
+    shown = console.export_text()
+    assert "item" in shown
+    if of == "user":
+        assert "<b>item</b> &" in shown, "texts are shown as they are, markup is not followed"
+        assert page.count("<circle") >= ITEMS
+        for anchor in view.anchors:
+            assert "-".join(map(str, anchor.sid)) in shown
+            assert "-".join(map(str, anchor.sid)) in page

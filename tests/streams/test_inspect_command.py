@@ -1,0 +1,62 @@
+"""``gpl fit`` and ``gpl inspect`` as a user runs them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from streams.cli import app
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inspect")
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(4, 8))[np.arange(40) % 4] + 0.2 * rng.normal(size=(40, 8))
+    lines = [
+        {"item_id": f"i{n}", "text": f"thing {n}", "embedding": row.tolist(), "ts": 1} for n, row in enumerate(rows)
+    ]
+    (folder / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shown = [
+        {"event_id": f"{u}-{t}", "user_id": f"u{u}", "item_id": f"i{n}", "ts": 1000 * t, "kind": kind}
+        for u in range(8)
+        for t, n in enumerate(rng.choice(40, 15, replace=False).tolist())
+        for kind in [("click" if n % 4 == u % 4 else "impression")]
+    ]
+    (folder / "feedback.jsonl").write_text("".join(json.dumps(line) + "\n" for line in shown))
+    (folder / "gpl.toml").write_text('[generator]\nkind = "history"\n')
+    done = CliRunner().invoke(
+        app, ["fit", str(folder), "--out", str(folder / "fitted"), "--config", str(folder / "gpl.toml")]
+    )
+    assert done.exit_code == 0, done.output
+    return folder
+
+
+def inspect(place: Path, *arguments: str) -> tuple[int, str]:
+    options = ["--data", str(place), "--artefacts", str(place / "fitted"), "--config", str(place / "gpl.toml")]
+    done = CliRunner().invoke(app, ["inspect", *arguments, *options])
+    return done.exit_code, done.output
+
+
+@pytest.mark.parametrize("arguments", [("user", "u1"), ("item", "i5"), ("sid", "0")])
+def test_it_prints_and_draws(place: Path, arguments: tuple[str, str]):
+    page = place / "pages" / f"{arguments[0]}.html"
+    code, said = inspect(place, *arguments, "--html", str(page))
+    assert code == 0, said
+    assert "thing" in said
+    assert page.read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [(("user", "nobody"), "nobody"), (("item", "i99"), "i99"), (("sid", "77"), "77"), (("sid", "a-b"), "a-b")],
+)
+def test_what_is_not_there_is_named(place: Path, arguments: tuple[str, str], named: str):
+    code, said = inspect(place, *arguments)
+    assert code in (1, 2)
+    assert named in said
+    assert "Traceback" not in said
