@@ -24,6 +24,7 @@ from streams.demo.command import demo
 from streams.dlq.command import app as dlq_app
 from streams.evaluation.command import datasets_app, evaluate
 from streams.fit_command import fit
+from streams.history.command import backfill
 from streams.inspect_command import app as inspect_app
 from streams.log_view import TopicMissingError
 from streams.replay.command import capture, explain, replay
@@ -48,6 +49,7 @@ app.add_typer(dlq_app, name="dlq")
 app.command()(demo)
 app.command()(validate)
 app.command()(fit)
+app.command()(backfill)
 app.command()(replay)
 app.command()(capture)
 app.command()(evaluate)

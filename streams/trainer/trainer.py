@@ -235,18 +235,23 @@ class Trainer:
         self.newest_event_ts = checkpoint.newest_event_ts
         return state.journal
 
-    def candidate(self, positions: Mapping[int, int], run: int = 0) -> Candidate:
-        """The main model as it could be published now, with the rows of the ids that live."""
+    def model(self) -> tuple[dict[str, torch.Tensor], models.Ids]:
+        """The main model's weights, a copy, with the rows of the ids that live, and those ids."""
         weights = self._learners[MAIN].model.state_tensors()
         users, items = (torch.from_numpy(np.r_[0, table.live_rows()]) for table in (self._users, self._items))
         for name, rows in (("users", users), ("items", items), ("item_bias", items)):
             weights[name] = weights[name][rows]
+        return weights, models.Ids(self._users.live_ids(), self._items.live_ids())
+
+    def candidate(self, positions: Mapping[int, int], run: int = 0) -> Candidate:
+        """The main model as it could be published now."""
+        weights, ids = self.model()
         return Candidate(
             step=self.step_count,
             run=run,
             records=self.records,
             weights=weights,
-            ids=models.Ids(self._users.live_ids(), self._items.live_ids()),
+            ids=ids,
             config={"dim": self._settings.dim, "dim_content": self._frame.dim},
             versions=self._frame.versions,
             positions=dict(positions),

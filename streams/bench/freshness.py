@@ -1,0 +1,239 @@
+"""``gpl bench freshness``: what a fresh model and fresh anchors are worth, on real streams, as one page."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from gpl.artefacts import Artefacts
+from gpl.evaluation.intervals import Interval, bootstrap_mean_ci, paired_difference_ci
+from streams.bench.sync import ANCHORS, Outcomes, run
+from streams.bench.timed import TimedStream
+from streams.fitting import catalogue_of, fit_records
+from streams.settings import Settings
+
+HOUR = 3_600_000
+INTERVALS: dict[str, int | None] = {
+    "never": None,
+    "7 d": 168 * HOUR,
+    "1 d": 24 * HOUR,
+    "5 h": 5 * HOUR,
+    "1 h": HOUR,
+    "30 min": HOUR // 2,
+    "5 min": HOUR // 12,
+    "1 min": HOUR // 60,
+}
+REFERENCE = "5 h"
+POLICIES: dict[str, int | None] = {"weekly": 168 * HOUR, "daily": 24 * HOUR, "drift": None}
+DRIFT = "drift"
+_FRESH = "1 min"
+_RESAMPLES = 400
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is run on each stream. ``judged_share``: of the feedback, the last part; the first is fitted on."""
+
+    seeds: int
+    candidates: int
+    judged_share: float = 0.5
+
+
+class Run(NamedTuple):
+    """One seed under one anchor policy."""
+
+    seed: int
+    policy: str
+    outcomes: Outcomes
+
+
+def study(
+    stream: TimedStream, settings: Settings, plan: Study, directory: Path, say: Callable[[str], None]
+) -> list[Run]:
+    """All runs on a stream. What is in ``directory`` from before is not run again; remove it to do so.
+
+    Raises what fitting raises.
+    """
+    times = sorted(rating.ts for rating in stream.ratings)
+    judged_from = times[int(len(times) * (1 - plan.judged_share))]
+    fitted = directory / "artefacts"
+    if not fitted.exists():
+        past = [f for _, page in stream.requests(plan.candidates, 0) for f in page if f.ts < judged_from]
+        fit_records(stream.items, past, settings, 0, say).save(fitted)
+    artefacts = Artefacts.load(fitted)
+    catalogue = catalogue_of(stream.items, artefacts, settings.space)
+    runs = []
+    for seed in range(plan.seeds):
+        own = settings.model_copy(update={"trainer": settings.trainer.model_copy(update={"seed": seed})})
+        for policy, period in POLICIES.items():
+            path = directory / f"{policy}-{seed}.json"
+            if not path.exists():
+                intervals = INTERVALS if policy == DRIFT else {_FRESH: INTERVALS[_FRESH]}
+                requests = stream.requests(plan.candidates, seed)
+                outcomes = run(requests, artefacts, catalogue, own, intervals, judged_from, period)
+                path.write_bytes(msgspec.json.encode(outcomes))
+                say(f"{stream.name}: {policy} anchors, seed {seed}: {outcomes.requests:,} requests judged")
+            runs.append(Run(seed, policy, msgspec.json.decode(path.read_bytes(), type=Outcomes)))
+    return runs
+
+
+def page(streams: Sequence[tuple[TimedStream, list[Run]]], settings: Settings, plan: Study, command: str) -> str:
+    """The results as a Markdown page."""
+    return "\n".join(_page(streams, settings, plan, command)) + "\n"
+
+
+def _page(
+    streams: Sequence[tuple[TimedStream, list[Run]]], settings: Settings, plan: Study, command: str
+) -> Iterator[str]:
+    yield "# What freshness is worth"
+    yield ""
+    yield f"Written by `{command}`; not edited by hand."
+    yield ""
+    yield (
+        f"Each stream in event-time order; the first {1 - plan.judged_share:.0%} of events is fitted and trained on, "
+        f"the rest is judged: every request is scored before any of its labels is trained on. Recall returns "
+        f"{plan.candidates} candidates, simulated (popular, co-occurring, random items and what was really met next). "
+        f"A label exists {settings.labels.window_seconds:.0f} s after its request. {plan.seeds} seeds (of simulated "
+        "recall and of the pre-ranker), pooled; 95% intervals by resampling users, so that one user's outcomes stay "
+        "together over all seeds. AUC is over exposed items, HR@10 over clicked items among all candidates of their "
+        "request. Differences are paired, on the same requests."
+    )
+    for stream, runs in streams:
+        yield from ["", f"## {stream.name}", "", stream.about, ""]
+        yield from _sync_table([run.outcomes for run in runs if run.policy == DRIFT])
+        yield ""
+        yield from _policy_table(runs)
+
+
+def _sync_table(runs: Sequence[Outcomes]) -> Iterator[str]:
+    requests = sum(outcomes.requests for outcomes in runs)
+    yield f"### Model synchronised every ... ({requests:,} requests, anchors by drift)"
+    yield ""
+    yield f"| Sync | AUC | difference from {REFERENCE} | HR@10 | difference from {REFERENCE} |"
+    yield "| --- | --- | --- | --- | --- |"
+    pairs, clicks = _Pairs(runs, runs), _Clicks(runs, runs)
+    for name in INTERVALS:
+        auc, auc_gain = pairs.auc(name, REFERENCE)
+        hit, hit_gain = clicks.hits(name, REFERENCE)
+        yield f"| {name} | {_text(auc)} | {_signed(auc_gain)} | {_text(hit)} | {_signed(hit_gain)} |"
+
+
+def _policy_table(runs: Sequence[Run]) -> Iterator[str]:
+    by_policy = {policy: [run.outcomes for run in runs if run.policy == policy] for policy in POLICIES}
+    clicks_judged = sum(len(outcomes.click_user) for outcomes in by_policy[DRIFT])
+    yield f"### Anchors refreshed ... ({clicks_judged:,} clicks, model synchronised every {_FRESH})"
+    yield ""
+    yield (
+        "| Anchors | refreshes per 1,000 clicks | requests with anchors | median age | AUC, anchor score | HR@10, "
+        "anchor score | AUC, pre-ranker | HR@10, pre-ranker |"
+    )
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
+    for policy, own in by_policy.items():
+        pairs, clicks = _Pairs(own, own), _Clicks(own, own)
+        count = sum(sum(outcomes.refreshes.values()) for outcomes in own)
+        covered = sum(outcomes.with_anchors for outcomes in own) / sum(outcomes.requests for outcomes in own)
+        ages = [age for outcomes in own for age in outcomes.anchor_age_hours]
+        cells = [
+            policy,
+            f"{1000 * count / clicks_judged:.0f}",
+            f"{covered:.0%}",
+            f"{np.median(ages):.1f} h" if ages else "",
+            _text(pairs.auc(ANCHORS, ANCHORS)[0]),
+            _text(clicks.hits(ANCHORS, ANCHORS)[0]),
+            _text(pairs.auc(_FRESH, _FRESH)[0]),
+            _text(clicks.hits(_FRESH, _FRESH)[0]),
+        ]
+        yield f"| {' | '.join(cells)} |"
+    yield ""
+    for other in (policy for policy in POLICIES if policy != DRIFT):
+        pairs, clicks = _Pairs(by_policy[DRIFT], by_policy[other]), _Clicks(by_policy[DRIFT], by_policy[other])
+        found = [
+            f"{what} {_signed(gain)}"
+            for what, gain in (
+                ("AUC of the anchor score", pairs.auc(ANCHORS, ANCHORS)[1]),
+                ("its HR@10", clicks.hits(ANCHORS, ANCHORS)[1]),
+                ("AUC of the pre-ranker", pairs.auc(_FRESH, _FRESH)[1]),
+                ("its HR@10", clicks.hits(_FRESH, _FRESH)[1]),
+            )
+        ]
+        yield f"Drift less {other}: {', '.join(found)}."
+        yield ""
+    reasons: Counter[str] = sum((outcomes.refreshes for outcomes in by_policy[DRIFT]), Counter())
+    total = sum(reasons.values()) or 1
+    named = ", ".join(f"{reason} {count / total:.0%}" for reason, count in reasons.most_common())
+    yield f"Reasons of the refreshes by drift: {named}."
+
+
+class _Clicks:
+    """Clicked items of two sets of runs over the same requests."""
+
+    def __init__(self, first: Sequence[Outcomes], second: Sequence[Outcomes]) -> None:
+        self._users = np.array([user for outcomes in first for user in outcomes.click_user])
+        self._first, self._second = first, second
+
+    def hits(self, name: str, reference: str) -> tuple[Interval, Interval]:
+        """HR@10 of ``name`` in the first, and its difference from ``reference`` in the second."""
+        ours = np.array([hit for outcomes in self._first for hit in outcomes.click_hit[name]], float)
+        theirs = np.array([hit for outcomes in self._second for hit in outcomes.click_hit[reference]], float)
+        return bootstrap_mean_ci(ours, self._users, 0), paired_difference_ci(ours, theirs, self._users, 0)
+
+
+class _Pairs:
+    """Exposed pairs of two sets of runs over the same requests."""
+
+    def __init__(self, first: Sequence[Outcomes], second: Sequence[Outcomes]) -> None:
+        names = np.array([user for outcomes in first for user in outcomes.pair_user])
+        _, self._user = np.unique(names, return_inverse=True)
+        self._clicked = np.array([clicked for outcomes in first for clicked in outcomes.pair_clicked])
+        self._first, self._second = first, second
+
+    def auc(self, name: str, reference: str) -> tuple[Interval, Interval]:
+        """Pooled AUC of ``name`` in the first, and its difference from ``reference`` in the second."""
+        ours = _Ranked(self._clicked, [x for outcomes in self._first for x in outcomes.pair_logit[name]])
+        theirs = _Ranked(self._clicked, [x for outcomes in self._second for x in outcomes.pair_logit[reference]])
+        rng = np.random.default_rng(0)
+        users = int(self._user.max()) + 1
+        drawn = np.empty((_RESAMPLES, 2))
+        for n in range(_RESAMPLES):
+            weight = np.bincount(rng.integers(users, size=users), minlength=users)[self._user].astype(float)
+            drawn[n] = ours.auc(weight), theirs.auc(weight)
+        once = np.ones(len(self._user))
+        value, other = ours.auc(once), theirs.auc(once)
+        return _interval(value, drawn[:, 0]), _interval(value - other, drawn[:, 0] - drawn[:, 1])
+
+
+class _Ranked:
+    """Scores sorted once, for weighted AUCs: ties count half."""
+
+    def __init__(self, clicked: NDArray[np.bool_], scores: Sequence[float]) -> None:
+        values = np.array(scores)
+        self._order = np.argsort(values, kind="stable")
+        _, self._group = np.unique(values[self._order], return_inverse=True)
+        self._clicked = clicked[self._order]
+
+    def auc(self, weight: NDArray[np.float64]) -> float:
+        own = weight[self._order]
+        positive = np.bincount(self._group, own * self._clicked)
+        negative = np.bincount(self._group, own * ~self._clicked)
+        below = np.cumsum(negative) - negative
+        return float((positive * (below + negative / 2)).sum() / (positive.sum() * negative.sum()))
+
+
+def _interval(estimate: float, drawn: NDArray[np.float64]) -> Interval:
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Interval(estimate, float(low), float(high))
+
+
+def _text(found: Interval) -> str:
+    return f"{found.estimate:.4f} ({found.low:.4f} to {found.high:.4f})"
+
+
+def _signed(found: Interval) -> str:
+    return f"{found.estimate:+.4f} ({found.low:+.4f} to {found.high:+.4f})"

@@ -1,0 +1,149 @@
+"""``gpl backfill``: the first model and the first anchors from history, by the code that the stream runs."""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from gpl.artefacts import Artefacts
+from gpl.catalogue import Catalogue
+from streams.contracts import Item, Label, decode
+from streams.data.reader import records
+from streams.fitting import catalogue_of
+from streams.frame import Frame
+from streams.history.partition import ANCHORS, LABELS, PROFILES, Done, Task, file_of, label_partition, save_catalogue
+from streams.kafka import producer
+from streams.settings import Settings
+from streams.topics import full_name
+from streams.trainer.checkpoint import CheckpointStore
+from streams.trainer.trainer import Trainer
+
+Say = Callable[[str], None]
+
+
+class _Keyed(msgspec.Struct):
+    user_id: str
+
+
+class BackfillError(ValueError):
+    """What stands in the way of a backfill; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a backfill has made. ``metrics``: progressive validation of the checkpoint's model."""
+
+    labels: int
+    users: int
+    refreshes: Counter[str]
+    checkpoint: str
+    metrics: dict[str, float]
+
+
+def backfill(data: Path, out: Path, settings: Settings, processes: int, ray: bool, say: Say) -> Outcome:
+    """Label all of a data directory, then train the first checkpoint on its labels, in the order of their closing.
+
+    ``out``: a new directory for labels, anchors and profiles, a file a partition. Nothing of the outcome depends on
+    ``processes``. Raises BackfillError where there is already a checkpoint or ``out`` exists, FileNotFoundError for
+    missing files, ImportError without ray where it is asked for.
+    """
+    for name in ("items.jsonl", "recalls.jsonl", "feedback.jsonl"):
+        if not (data / name).is_file():
+            raise FileNotFoundError(f"{data / name} does not exist")
+    own = settings.trainer
+    store = CheckpointStore(own.checkpoints, own.keep_checkpoints, own.keep_hourly_checkpoints)
+    if store.load_newest() is not None:
+        raise BackfillError(f"trainer.checkpoints: {own.checkpoints} has checkpoints; a backfill makes the first one")
+    if out.exists():
+        raise BackfillError(f"{out} exists; a backfill writes to a new directory")
+    artefacts = Artefacts.load(settings.artefacts)
+    items = list(records(data / "items.jsonl", Item, settings.kafka.max_record_bytes))
+    if not items:
+        raise BackfillError(f"{data / 'items.jsonl'}: no valid record")
+    catalogue = catalogue_of(items, artefacts, settings.space)
+    out.mkdir(parents=True)
+    path = (out / "catalogue.npz").resolve()
+    save_catalogue(catalogue, path)
+    tasks = [Task(data.resolve(), path, out.resolve(), p, settings) for p in range(settings.kafka.partitions)]
+    done = _on_ray(tasks) if ray else _on_this_machine(tasks, processes)
+    refreshes: Counter[str] = sum((d.refreshes for d in done), Counter())
+    say(f"{sum(d.labels for d in done):,} requests labelled, anchors of {sum(d.users for d in done):,} users")
+    trainer = _train(out, settings, artefacts, catalogue)
+    checkpoint = trainer.checkpoint(positions={}, journal=0)
+    where = store.save(checkpoint)
+    return Outcome(sum(d.labels for d in done), sum(d.users for d in done), refreshes, where, dict(checkpoint.metrics))
+
+
+def publish(out: Path, settings: Settings) -> dict[str, int]:
+    """Put a backfill's anchors and profiles on their topics, so that the roles go on from them. Records by topic.
+
+    The topics must have none of them yet; the calibration is ``gpl fit --publish``'s.
+    """
+    counts = {}
+    with producer(settings.kafka) as sending:
+        for topic, kind in (("user-anchors", ANCHORS), ("profiles", PROFILES)):
+            counts[topic] = 0
+            for partition in range(settings.kafka.partitions):
+                for line in file_of(out, kind, partition).read_bytes().splitlines():
+                    key = msgspec.json.decode(line, type=_Keyed).user_id.encode()
+                    sending.send(full_name(settings.kafka, topic), key=key, value=line, partition=partition)
+                    counts[topic] += 1
+        sending.flush()
+    return counts
+
+
+def labels_in_order(out: Path, partitions: int) -> Iterator[Label]:
+    """All labels by event time, then request: an order that no number of processes changes."""
+    files = (_labels(file_of(out, LABELS, partition)) for partition in range(partitions))
+    return heapq.merge(*files, key=lambda label: (label.ts, label.request_id))
+
+
+def _labels(path: Path) -> Iterator[Label]:
+    with path.open("rb") as lines:
+        for line in lines:
+            yield decode(Label, line)
+
+
+def _train(out: Path, settings: Settings, artefacts: Artefacts, catalogue: Catalogue) -> Trainer:
+    space, quantiser = artefacts.space, artefacts.quantiser
+    frame = Frame(space.dim, quantiser.levels, space.version, quantiser.version)
+    trainer = Trainer(settings.trainer, frame, catalogue, evaluations=False)
+    batch: list[Label] = []
+    for label in labels_in_order(out, settings.kafka.partitions):
+        batch.append(label)
+        if len(batch) == settings.trainer.batch_records:
+            trainer.step(batch)
+            batch = []
+    if batch:
+        trainer.step(batch)
+    return trainer
+
+
+def _on_this_machine(tasks: Sequence[Task], processes: int) -> list[Done]:
+    if processes == 1:
+        return [label_partition(task) for task in tasks]
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        return list(pool.map(label_partition, tasks))
+
+
+def _on_ray(tasks: Sequence[Task]) -> list[Done]:
+    import ray
+
+    started = not ray.is_initialized()
+    if started:
+        ray.init(log_to_driver=False)
+    try:
+        remote: Any = ray.remote(label_partition)
+        done: list[Done] = ray.get([remote.remote(task) for task in tasks])
+    finally:
+        if started:
+            ray.shutdown()
+    return done

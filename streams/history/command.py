@@ -1,0 +1,45 @@
+"""``gpl backfill``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from streams.settings import load
+
+
+def backfill(
+    data: Annotated[Path, typer.Argument(help="Directory with items.jsonl, recalls.jsonl and feedback.jsonl.")],
+    out: Annotated[Path, typer.Option("--out", help="A new directory for labels, anchors and profiles.")] = Path(
+        "runs/backfill"
+    ),
+    processes: Annotated[int, typer.Option(min=1, help="On this machine.")] = os.cpu_count() or 1,
+    ray: Annotated[bool, typer.Option("--ray", help="Workers of Ray instead (extra `ray`).")] = False,
+    publish: Annotated[bool, typer.Option("--publish", help="Put anchors and profiles on their topics too.")] = False,
+    config: Annotated[Path | None, typer.Option("--config", help="TOML file; default gpl.toml or GPL_CONFIG.")] = None,
+) -> None:
+    """The first anchors, labels and checkpoint from history, by the same joiner, labeller and trainer as the stream.
+
+    Needs what `gpl fit` wrote. A trainer started afterwards goes on from the checkpoint and publishes the first model.
+    """
+    from kafka.errors import KafkaError
+
+    from gpl.artefacts import ArtefactsError
+    from streams.history import backfill as work
+
+    settings = load(config)
+    try:
+        outcome = work.backfill(data, out, settings, processes, ray, typer.echo)
+        counts = work.publish(out, settings) if publish else {}
+    except (work.BackfillError, FileNotFoundError, ArtefactsError, ImportError, KafkaError) as error:
+        typer.echo(f"error: {str(error) or type(error).__name__}", err=True)
+        raise typer.Exit(1) from error
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(outcome.refreshes.items()))
+    typer.echo(f"anchor refreshes: {reasons or 'none'}")
+    typer.echo(f"checkpoint {outcome.checkpoint}")
+    typer.echo("  ".join(f"{name} {value:.4f}" for name, value in outcome.metrics.items()))
+    for topic, count in counts.items():
+        typer.echo(f"{count:,} records on {topic}")

@@ -1,0 +1,215 @@
+"""History labelled offline: nothing depends on the order of arrival or the number of processes."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from gpl.artefacts import Artefacts
+from gpl.catalogue import ItemContent
+from gpl.fit import Event as PastEvent
+from gpl.fit import FitOptions, fit
+from streams.cli import app
+from streams.contracts import Feedback, Item, Label, Recall, UserAnchors, decode, encode
+from streams.fitting import catalogue_of
+from streams.frame import Frame
+from streams.history.backfill import BackfillError, backfill, labels_in_order
+from streams.history.partition import ANCHORS, LABELS, PROFILES, file_of, load_catalogue, partition_of, save_catalogue
+from streams.history.pipeline import Event, Pipeline, in_event_time
+from streams.profiles.state import Profile
+from streams.settings import KafkaSettings, LabelSettings, ProfileSettings, Settings, TrainerSettings
+from streams.trainer.checkpoint import CheckpointStore
+from streams.trainer.trainer import Trainer
+
+DIM, ITEMS, USERS, PARTITIONS = 12, 60, 15, 3
+START, WINDOW = 1_700_000_000_000, 60
+HOUR = 3_600_000
+
+
+def items() -> list[Item]:
+    rng = np.random.default_rng(7)
+    centres = rng.normal(size=(6, DIM))
+    vectors = centres[np.arange(ITEMS) % 6] + 0.4 * rng.normal(size=(ITEMS, DIM))
+    return [Item(f"i{n}", "", embedding=vector.tolist()) for n, vector in enumerate(vectors)]
+
+
+def events(requests: int = 200) -> list[Event]:
+    """Users who keep to a group of items; a fifth of the feedback names no request."""
+    rng = np.random.default_rng(3)
+    found: list[Event] = []
+    for n in range(requests):
+        user = int(rng.integers(USERS))
+        ts = START + n * 20_000
+        candidates = [f"i{i}" for i in rng.choice(ITEMS, 20, replace=False)]
+        found.append(Recall(f"r{n}", f"u{user}", ts, [*candidates, "ghost"]))
+        for k, item in enumerate(candidates[:5]):
+            named = f"r{n}" if k else None
+            found.append(Feedback(f"e{n}-{k}", f"u{user}", item, ts + 1000 * k, "impression", named))
+            if int(item[1:]) % 6 == user % 6:
+                found.append(Feedback(f"c{n}-{k}", f"u{user}", item, ts + 1000 * k + 1, "click", named))
+    return found
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    past = [PastEvent(f"past{u}", f"i{(u % 6) + 6 * k}", k, bool(k % 3)) for u in range(30) for k in range(10)]
+    contents = [ItemContent(item.item_id, item.text, item.embedding) for item in items()]
+    target = tmp_path_factory.mktemp("artefacts") / "fitted"
+    fit(contents, past, None, FitOptions(generator="history"), seed=0).save(target)
+    return target
+
+
+@pytest.fixture
+def settings(fitted: Path, tmp_path: Path) -> Settings:
+    return Settings(
+        artefacts=fitted,
+        kafka=KafkaSettings(partitions=PARTITIONS),
+        labels=LabelSettings(window_seconds=WINDOW),
+        profiles=ProfileSettings(min_interval_seconds=60, drift_threshold=0.2),
+        trainer=TrainerSettings(checkpoints=tmp_path / "checkpoints", dim=4, batch_records=8),
+    )
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    directory = tmp_path / "data"
+    directory.mkdir()
+    found = events()
+    random.Random(5).shuffle(found)
+    for name, kind, lines in (
+        ("items", Item, items()),
+        ("recalls", Recall, found),
+        ("feedback", Feedback, found),
+    ):
+        text = b"".join(encode(line) + b"\n" for line in lines if isinstance(line, kind))
+        (directory / f"{name}.jsonl").write_bytes(text + b"not a record\n")
+    return directory
+
+
+def pipeline(settings: Settings, period_ms: int | None = None) -> Pipeline:
+    artefacts = Artefacts.load(settings.artefacts)
+    return Pipeline(settings, artefacts, catalogue_of(items(), artefacts, settings.space), 0, period_ms)
+
+
+def test_labels_do_not_depend_on_the_order_of_arrival(settings: Settings) -> None:
+    numbered = list(enumerate(events()))
+    in_order = list(pipeline(settings).run(in_event_time(numbered)))
+    random.Random(1).shuffle(numbered)
+    assert list(pipeline(settings).run(in_event_time(numbered))) == in_order
+    assert sorted(label.request_id for label in in_order) == sorted(f"r{n}" for n in range(200))
+    assert {label.outcome for label in in_order} == {"labelled", "no_anchors"}
+    assert all(label.provenance.unknown == 1 for label in in_order)
+
+
+def test_anchors_in_force_are_never_of_the_future(settings: Settings) -> None:
+    run = pipeline(settings)
+    labels = list(run.run(in_event_time(enumerate(events()))))
+    made = {(anchors.user_id, anchors.ts): anchors for anchors in run.answers}
+    clicks = [event for event in events() if isinstance(event, Feedback) and event.kind == "click"]
+    for label in labels:
+        at = label.provenance.anchors_ts
+        if at is None:
+            continue
+        assert at <= label.ts and (label.user_id, at) in made
+        assert not any(u == label.user_id and at < ts <= label.ts for u, ts in made)
+        # And they were made from the clicks up to then.
+        known = [c.item_id for c in clicks if c.user_id == label.user_id and c.ts <= at]
+        assert made[label.user_id, at].history == known[-50:]
+    assert run.refreshes["cold"] and run.refreshes["drift"] and sum(run.refreshes.values()) == len(run.answers)
+
+
+def test_a_timetable_refreshes_who_clicked_at_its_times_only(settings: Settings) -> None:
+    run = pipeline(settings, period_ms=HOUR // 4)
+    list(run.run(in_event_time(enumerate(events()))))
+    assert run.answers and all(anchors.ts % (HOUR // 4) == 0 for anchors in run.answers)
+    clicks = [event for event in events() if isinstance(event, Feedback) and event.kind == "click"]
+    for anchors in run.answers:
+        since = anchors.ts - (HOUR // 4 if anchors.version > 1 else 10**15)
+        assert any(c.user_id == anchors.user_id and since <= c.ts < anchors.ts for c in clicks)
+        assert len(anchors.history) == min(50, sum(c.user_id == anchors.user_id and c.ts < anchors.ts for c in clicks))
+    assert len({(anchors.user_id, anchors.ts) for anchors in run.answers}) == len(run.answers)
+
+
+def test_the_outcome_is_the_same_for_any_number_of_processes(settings: Settings, data: Path, tmp_path: Path) -> None:
+    outcomes, weights = [], []
+    for processes in (1, 2):
+        own = settings.trainer.model_copy(update={"checkpoints": tmp_path / f"checkpoints-{processes}"})
+        mine = settings.model_copy(update={"trainer": own})
+        out = tmp_path / f"out-{processes}"
+        outcome = backfill(data, out, mine, processes, False, lambda _: None)
+        assert outcome.labels == 200 and outcome.users > 0
+        outcomes.append([file_of(out, kind, p).read_bytes() for kind in (LABELS, ANCHORS, PROFILES) for p in range(3)])
+        checkpoint = CheckpointStore(own.checkpoints, 3).load_newest()
+        assert checkpoint is not None and checkpoint.step == 25 and checkpoint.positions == {}
+        weights.append(checkpoint.tensors["model"])
+        with pytest.raises(BackfillError, match="has checkpoints"):
+            backfill(data, tmp_path / "again", mine, 1, False, lambda _: None)
+    assert outcomes[0] == outcomes[1]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    # Every user's records are where the topics would have them, with the newest anchors.
+    for p in range(PARTITIONS):
+        for line in file_of(tmp_path / "out-1", LABELS, p).read_bytes().splitlines():
+            label = decode(Label, line)
+            assert label.provenance.recall[0] == p == partition_of(label.user_id, PARTITIONS)
+
+
+def test_a_trainer_and_a_profile_go_on_from_it(settings: Settings, data: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(
+        app,
+        ["backfill", str(data), "--out", str(tmp_path / "out"), "--processes", "1"],
+        env={
+            "GPL_ARTEFACTS": str(settings.artefacts),
+            "GPL_KAFKA__PARTITIONS": "3",
+            "GPL_LABELS__WINDOW_SECONDS": str(WINDOW),
+            "GPL_TRAINER__CHECKPOINTS": str(settings.trainer.checkpoints),
+            "GPL_TRAINER__DIM": "4",
+        },
+    )
+    assert done.exit_code == 0, done.output
+    artefacts = Artefacts.load(settings.artefacts)
+    frame = Frame(DIM, artefacts.quantiser.levels, artefacts.space.version, artefacts.quantiser.version)
+    catalogue = load_catalogue(tmp_path / "out" / "catalogue.npz")
+    checkpoint = CheckpointStore(settings.trainer.checkpoints, 3).load_newest()
+    assert checkpoint is not None
+    trainer = Trainer(settings.trainer, frame, catalogue)
+    trainer.restore(checkpoint)
+    assert trainer.records == 200
+    again = list(labels_in_order(tmp_path / "out", PARTITIONS))
+    assert [label.ts for label in again] == sorted(label.ts for label in again)
+    trainer.step(again[:8])  # the same labels from the log: known already
+    assert trainer.records == 200
+    for p in range(PARTITIONS):
+        anchors = [
+            decode(UserAnchors, line) for line in file_of(tmp_path / "out", ANCHORS, p).read_bytes().splitlines()
+        ]
+        profiles = {
+            profile.user_id: profile
+            for line in file_of(tmp_path / "out", PROFILES, p).read_bytes().splitlines()
+            for profile in [decode(Profile, line)]
+        }
+        for made in anchors:
+            assert profiles[made.user_id].sequence == made.version and not profiles[made.user_id].pending
+
+
+def test_errors_say_what_to_do(settings: Settings, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    with pytest.raises(BackfillError, match="exists"):
+        backfill(data, tmp_path / "there", settings, 1, False, lambda _: None)
+    (data / "recalls.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"recalls\.jsonl"):
+        backfill(data, tmp_path / "out", settings, 1, False, lambda _: None)
+
+
+def test_a_catalogue_comes_back_from_its_file(settings: Settings, tmp_path: Path) -> None:
+    artefacts = Artefacts.load(settings.artefacts)
+    catalogue = catalogue_of(items(), artefacts, settings.space)
+    save_catalogue(catalogue, tmp_path / "catalogue.npz")
+    again = load_catalogue(tmp_path / "catalogue.npz")
+    assert again.ids() == catalogue.ids()
+    np.testing.assert_array_equal(again.vectors, catalogue.vectors)
+    np.testing.assert_array_equal(again.sids, catalogue.sids)
