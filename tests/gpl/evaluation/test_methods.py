@@ -1,0 +1,133 @@
+"""Methods on planted worlds: labels help where content says what users like, and shuffled ones have no say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpl.evaluation.anchors import AnchorSpec, Cases, make_anchors, refreshed
+from gpl.evaluation.bench import Bench
+from gpl.evaluation.generative import Parts, evidence_weight, gpl
+from gpl.evaluation.methods import BY_NAME, METHODS, Method
+from gpl.evaluation.pairs import Pairs
+from gpl.evaluation.reliability import reliability
+from gpl.evaluation.training import TrainConfig, one_thread
+from gpl.labels.labeller import Config
+from tests.gpl.evaluation import planted
+from tests.gpl.evaluation.test_world import world
+
+one_thread()
+TRAIN = TrainConfig(dim=16, epochs=4, hidden=15)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(world(planted.events(360)), tmp_path_factory.mktemp("anchors"), TRAIN)
+
+
+def hits(bench: Bench, parts: Parts) -> tuple[float, float]:
+    outcome = bench.test.judge(gpl(bench, parts))
+    return outcome.mean("hr@10"), outcome.mean("auc")
+
+
+def test_labels_help_where_content_says_what_users_like(bench: Bench) -> None:
+    parts = Parts(generator="history", negatives=0.0)
+    with_labels, with_auc = hits(bench, parts)
+    without, without_auc = hits(bench, replace(parts, weight=0.0))
+    assert with_labels > 1.15 * without
+    assert with_auc > without_auc
+
+
+def test_anchors_of_other_users_change_nothing(bench: Bench) -> None:
+    """Evidence finds none in them, so every step equals one without pseudo-labels."""
+    parts = Parts(generator="history", shuffled=True)
+    users = bench.test.users[:50]
+    assert np.array_equal(gpl(bench, parts)(users), gpl(bench, replace(parts, weight=0.0))(users))
+
+
+def test_evidence_tells_true_anchors_from_shuffled_and_random_ones(bench: Bench) -> None:
+    weights = {}
+    for spec in (AnchorSpec("history"), AnchorSpec("history", shuffled=True), AnchorSpec("random")):
+        labels, _ = bench.labels(spec, Config(), "recalled")
+        pairs = bench.pairs("recalled")
+        kept = pairs.exposed | ~np.isnan(labels.score)
+        weights[spec] = evidence_weight(pairs.keep(kept), labels.score[kept])
+    true, shuffled, random = weights.values()
+    assert true > 0.9 and shuffled == random == 0.0
+
+
+BASELINES = [m for m in METHODS if m.group in ("untrained", "no pseudo-labels", "pseudo-labels")]
+
+
+@pytest.mark.parametrize("method", BASELINES, ids=lambda method: method.name)
+def test_every_baseline_beats_chance_on_a_planted_world(bench: Bench, method: Method) -> None:
+    settings = {**method.settings, **{name: values[0] for name, values in method.grid.items()}}
+    if settings.get("generator") == "small-lm":
+        settings["generator"] = "history"
+    scores = method.run(bench, **settings)
+    matrix = scores(bench.test.users[:9])
+    assert matrix.shape == (9, bench.world.n_items) and np.isfinite(matrix).all()
+    outcome = bench.test.judge(scores)
+    # Exposures of what is popular may teach nothing of the rest, but must teach something of themselves.
+    assert max(outcome.mean("auc"), outcome.mean("exposed_auc")) > 0.52
+
+
+def test_training_is_a_function_of_the_seed(bench: Bench) -> None:
+    parts, users = Parts(generator="history"), bench.test.users[:20]
+    first, again = gpl(bench, parts)(users), gpl(bench, parts)(users)
+    other = gpl(Bench(replace(bench.world, seed=1), None, TRAIN), parts)(users)
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def test_small_lm_anchors_are_made_crosswise_and_kept_on_disk(tmp_path: Path) -> None:
+    made = world(planted.events(80, length=5))
+    bench = Bench(made, tmp_path, TRAIN)
+    sets = bench.anchors(AnchorSpec("small-lm", beams=4))
+    assert len(list(tmp_path.iterdir())) == 1
+    assert (sets.index[bench.cases.known > 0] >= 0).any(axis=1).all()
+    assert not (sets.index[bench.cases.known == 0] >= 0).any()
+    again = Bench(made, tmp_path, TRAIN).anchors(AnchorSpec("small-lm", beams=4))
+    assert np.array_equal(sets.table, again.table) and np.array_equal(sets.index, again.index)
+    fresh = make_anchors(made, Cases(made), AnchorSpec("small-lm", beams=4), 0)
+    assert np.array_equal(sets.index, fresh.index)
+
+
+def test_anchors_are_refreshed_as_positives_grow_by_half() -> None:
+    assert refreshed(np.arange(14)).tolist() == [0, 1, 2, 3, 3, 5, 5, 5, 8, 8, 8, 8, 12, 12]
+
+
+def test_settings_are_searched_one_after_the_other() -> None:
+    asked: list[tuple[int, str]] = []
+
+    def score(settings: dict[str, object]) -> float:
+        asked.append((settings["a"], settings["b"]))  # type: ignore[arg-type]
+        return {(1, "x"): 0.1, (2, "x"): 0.3, (2, "y"): 0.2}[asked[-1]]
+
+    method = Method("m", "M", "gpl", lambda: None, {"a": (1, 2), "b": ("x", "y")}, settings={"c": 0})  # type: ignore[arg-type, return-value]
+    assert method.tuned(score) == {"a": 2, "b": "x", "c": 0}
+    assert asked == [(1, "x"), (2, "x"), (2, "y")]
+    assert all(m.like is None or m.like in BY_NAME for m in METHODS)
+
+
+def test_confidence_bins_cover_what_labels_call_good(bench: Bench) -> None:
+    bins = reliability(bench, {"generator": "history"})
+    assert len(bins) == 10
+    confidence = [one["confidence"] for one in bins]
+    assert confidence == sorted(confidence)
+    assert sum(one["pairs"] for one in bins) == 20 * len(bench.test.users)
+    assert all(0 <= one["relevant"] <= 1 and 0 <= one["label"] <= 1 for one in bins)
+
+
+def test_a_batch_of_pairs_keeps_the_exposed_and_a_stretch_of_the_others(bench: Bench) -> None:
+    pairs = Pairs.of(bench.world.log)
+    requests = np.arange(len(pairs))
+    at, owner = pairs.of_requests(requests, 7, np.random.default_rng(0))
+    assert len(np.unique(at)) == len(at)
+    exposed = pairs.exposed[at]
+    assert np.array_equal(np.bincount(owner[exposed], minlength=len(pairs)), pairs.shown)
+    assert (np.bincount(owner[~exposed], minlength=len(pairs)) <= 7).all()
+    everything, _ = pairs.of_requests(requests, None, np.random.default_rng(0))
+    assert np.array_equal(everything, np.arange(len(pairs.item)))

@@ -1,0 +1,125 @@
+"""A study from a directory to its page: resumed, not repeated; computed anew when what it depends on changes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from gpl.evaluation import neutral, report
+from gpl.evaluation.study import StudyConfig, run
+from gpl.evaluation.summary import summarise
+from gpl.evaluation.training import TrainConfig
+from gpl.evaluation.upstream import UpstreamConfig
+from streams.cli import app
+from tests.gpl.evaluation import planted
+
+METHODS = ("popularity", "anchor-history", "exposed-score", "gpl-history", "gpl", "lambda-0", "shuffled", "shuffled-0")
+QUICK = ("popularity", "anchor-history")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> StudyConfig:
+    neutral.save(planted.full(60), tmp_path / "planted", "test")
+    return StudyConfig(
+        (str(tmp_path / "planted"),),
+        QUICK,
+        tmp_path / "cache",
+        seeds=(0, 1),
+        train=TrainConfig(dim=8, epochs=1),
+        upstream=UpstreamConfig(pages=2, recalled=15),
+    )
+
+
+def test_what_is_computed_is_kept_and_what_changed_is_computed_anew(config: StudyConfig) -> None:
+    said: list[str] = []
+    first = run(config, said.append)[0]
+    assert sum("HR@10" in line for line in said) == len(QUICK) * 2
+    said.clear()
+    again = run(config, said.append)[0]
+    assert not any("HR@10" in line for line in said)
+    for name in QUICK:
+        assert np.array_equal(
+            first.methods[name].per_user["hr@10"], again.methods[name].per_user["hr@10"], equal_nan=True
+        )
+    run(replace(config, seeds=(0, 1, 2)), said.append)
+    assert sum("seed 2" in line for line in said) == len(QUICK)
+    said.clear()
+    run(replace(config, upstream=UpstreamConfig(pages=3, recalled=15)), said.append)
+    assert sum("HR@10" in line for line in said) == len(QUICK) * 2
+
+
+def test_processes_compute_what_one_does(config: StudyConfig, tmp_path: Path) -> None:
+    alone = run(config, lambda _: None)[0]
+    together = run(replace(config, jobs=2, cache=tmp_path / "other"), lambda _: None)[0]
+    for name in QUICK:
+        for metric, values in alone.methods[name].per_user.items():
+            assert np.array_equal(values, together.methods[name].per_user[metric], equal_nan=True)
+
+
+def test_unknown_methods_and_an_extra_truth_are_errors(config: StudyConfig) -> None:
+    with pytest.raises(ValueError, match="method 'magic' is unknown"):
+        run(replace(config, methods=("magic",)), print)
+    with pytest.raises(ValueError, match="--truth belongs to one data set"):
+        run(replace(config, datasets=(*config.datasets, "ml-100k-time"), truth=Path("t.csv")), print)
+
+
+def test_the_command_writes_tables_plots_and_the_page(config: StudyConfig, tmp_path: Path) -> None:
+    out, page = tmp_path / "out", tmp_path / "docs" / "results.md"
+    page.parent.mkdir()
+    arguments = ["evaluate", config.datasets[0], "--methods", ",".join(METHODS), "--seeds", "2", "--epochs", "1"]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(out), "--write", str(page)])
+    assert result.exit_code == 0, result.output
+    summary = json.loads((out / "results.json").read_text())
+    (one,) = summary["sets"]
+    assert list(one["methods"]) == list(METHODS) and set(one["gpl_against"]) == set(METHODS) - {"gpl"}
+    for name in ("bars.png", "popularity.png"):
+        assert (out / name).stat().st_size > 5_000
+    text = page.read_text()
+    assert text == report.markdown(summary, [p.relative_to(page.parent).as_posix() for p in written(page)])
+    for method in one["methods"].values():
+        estimate, low, high = method["metrics"]["hr@10"]
+        assert low <= estimate <= high and f"{estimate:.3f}" in text
+    for target in one["targets"]:
+        assert target["what"] in text
+
+
+def written(page: Path) -> list[Path]:
+    """Plots beside the page, in the order in which they are drawn."""
+    order = ("bars.png", "popularity.png", "reliability.png")
+    return [page.parent / page.stem / name for name in order if (page.parent / page.stem / name).is_file()]
+
+
+def test_a_target_is_met_only_with_its_interval_above_zero(config: StudyConfig) -> None:
+    results = run(replace(config, methods=("anchor-history", "exposed-score", "gpl")), lambda _: None)
+    (found,) = results
+    rival, subject = found.methods["anchor-history"], found.methods["gpl"]
+    users = rival.per_user["hr@10"].shape
+    rng = np.random.default_rng(0)
+    base = rng.random(users)
+    for gain, noise, met in ((0.10, 0.01, True), (0.10, 5.0, False), (0.02, 0.01, False)):
+        rival.per_user["hr@10"][:] = base
+        subject.per_user["hr@10"][:] = base * (1 + gain) + noise * rng.normal(size=users)
+        if noise > 1:  # the gain is there on average, but not beyond the noise
+            subject.per_user["hr@10"][:] += base.mean() * (1 + gain) - subject.per_user["hr@10"].mean()
+        (one,) = summarise(config, results)["sets"]
+        target = next(t for t in one["targets"] if t["what"] == "hr@10 against best anchor score alone")
+        assert target["met"] is met, (gain, noise, target)
+
+
+def test_convert_and_its_errors(tmp_path: Path) -> None:
+    (tmp_path / "jokes.csv").write_text("joke,text\nj1,a\nj2,b\n")
+    (tmp_path / "ratings.csv").write_text("user,joke,rating\nu1,j1,9\nu1,j2,1\n")
+    runner = CliRunner()
+    result = runner.invoke(app, ["datasets", "convert", "jester", str(tmp_path), str(tmp_path / "out")])
+    assert result.exit_code == 0 and "1 users, 2 items" in result.output
+    assert neutral.load(tmp_path / "out").kind == "full"
+    again = runner.invoke(app, ["datasets", "convert", "jester", str(tmp_path), str(tmp_path / "out")])
+    assert again.exit_code == 1 and "not empty" in again.output
+    assert runner.invoke(app, ["datasets", "convert", "nothing", str(tmp_path), "x"]).exit_code == 2
+    missing = runner.invoke(app, ["evaluate", str(tmp_path / "none"), "--out", str(tmp_path / "runs")])
+    assert missing.exit_code == 1 and "neither a directory nor a built-in set" in missing.output

@@ -1,0 +1,137 @@
+"""Worlds: nothing that is judged was exposed, history is causal, users are split once, the policy is biased."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gpl.evaluation.dataset import DataError, Dataset, Ragged, Requests, Truth
+from gpl.evaluation.embed import embed, embedded_world
+from gpl.evaluation.upstream import Recall, UpstreamConfig
+from gpl.evaluation.world import World
+from tests.gpl.evaluation import planted
+
+CONFIG = UpstreamConfig(pages=4, recalled=20)
+
+
+class NoEncoder:
+    """Planted items bring their vectors."""
+
+    name, dim = "none", planted.DIM
+
+    def encode(self, texts: object) -> object:
+        raise AssertionError("nothing here is text")
+
+
+def world(dataset: Dataset, seed: int = 0) -> World:
+    return embedded_world(dataset, NoEncoder(), seed, CONFIG)  # type: ignore[arg-type]
+
+
+def logged(users: int = 60) -> Dataset:
+    """A real log made of a simulated one, with its truth as positives only."""
+    made = world(planted.full(users), seed=3)
+    user = made.relevant.rows
+    truth = Truth(user, made.relevant.values, np.ones(len(user), dtype=np.float32), every_cell=False)
+    full = planted.full(users)
+    return Dataset("logged", full.items, full.users, truth, log=made.log)
+
+
+@pytest.fixture(params=["full", "events", "log"])
+def dataset(request: pytest.FixtureRequest) -> Dataset:
+    kinds = {"full": planted.full, "events": planted.events, "log": logged}
+    return kinds[request.param]()
+
+
+def test_what_is_judged_was_neither_exposed_nor_taken(dataset: Dataset) -> None:
+    made = world(dataset)
+    shown = Ragged.group(made.log.user[made.log.exposed.rows], made.log.exposed.values, made.n_users)
+    for user in made.judged.tolist():
+        relevant = set(made.relevant[user].tolist())
+        assert not relevant & set(shown[user].tolist()) and not relevant & set(made.positives[user].tolist())
+        assert made.candidates(user)[made.relevant[user]].all()
+
+
+def test_history_of_a_request_holds_what_was_liked_before_it_and_nothing_of_its_own(dataset: Dataset) -> None:
+    made = world(dataset)
+    for row in range(len(made.log)):
+        user = int(made.log.user[row])
+        clicks = made.log.exposed[row][
+            made.log.clicked[made.log.exposed.offsets[row] : made.log.exposed.offsets[row + 1]]
+        ]
+        before = made.positives[user][: made.known[row]].tolist()
+        after = made.positives[user][made.known[row] :].tolist()
+        assert set(clicks.tolist()) <= set(after) and not set(clicks.tolist()) & set(before)
+
+
+def test_exposed_and_recalled_items_of_a_request_are_distinct(dataset: Dataset) -> None:
+    made = world(dataset)
+    for row in range(len(made.log)):
+        items = [*made.log.exposed[row].tolist(), *made.log.recalled[row].tolist()]
+        assert len(items) == len(set(items))
+
+
+def test_held_out_requests_are_not_in_the_log(dataset: Dataset) -> None:
+    made = world(dataset)
+    pairs = set(zip(made.log.user[made.log.exposed.rows].tolist(), made.log.exposed.values.tolist(), strict=True))
+    held = made.held_out
+    clicked = zip(held.user[held.exposed.rows][held.clicked], held.exposed.values[held.clicked], strict=True)
+    assert len(held) and not {(int(u), int(i)) for u, i in clicked} & pairs
+
+
+def test_seeds_draw_other_exposures_of_the_same_users_split_the_same_way(dataset: Dataset) -> None:
+    first, again, other = world(dataset, 0), world(dataset, 0), world(dataset, 1)
+    assert np.array_equal(first.log.exposed.values, again.log.exposed.values)
+    assert np.array_equal(first.log.recalled.values, again.log.recalled.values)
+    # A real log with its recalls leaves nothing to draw.
+    drawn = dataset.log is None
+    assert np.array_equal(first.log.recalled.values, other.log.recalled.values) != drawn
+    assert np.array_equal(first.validation, other.validation)
+    assert 0.1 < first.validation.mean() < 0.45
+
+
+def test_the_policy_exposes_in_proportion_to_popularity() -> None:
+    popularity = np.array([0, 1, 3, 7, 15], dtype=np.float32)
+    recall = Recall(np.eye(5, dtype=np.float32), popularity, UpstreamConfig())
+    rng = np.random.default_rng(0)
+    drawn = np.concatenate([recall.draw(1, np.ones(5, dtype=bool), rng) for _ in range(20_000)])
+    share = np.bincount(drawn, minlength=5) / len(drawn)
+    assert share == pytest.approx((popularity + 1) / (popularity + 1).sum(), abs=0.01)
+    allowed = np.array([True, False, True, False, False])
+    assert set(recall.draw(4, allowed, rng).tolist()) == {0, 2}
+
+
+def test_irrelevant_pairs_in_the_truth_make_the_listed_pairs_the_candidates() -> None:
+    full = logged()
+    assert full.truth is not None and full.log is not None
+    listed = Truth(full.truth.user, full.truth.item, full.truth.relevance.copy(), every_cell=False)
+    listed.relevance[::2] = 0.0
+    made = world(Dataset("listed", full.items, full.users, listed, log=full.log))
+    assert made.listed is not None
+    user = int(made.judged[0])
+    assert set(np.flatnonzero(made.candidates(user))) == set(made.listed[user].tolist())
+
+
+def test_items_without_content_are_zero_rows_and_the_others_are_centred() -> None:
+    from gpl.catalogue import ItemContent
+
+    class Letters:
+        name, dim = "letters", 3
+
+        def encode(self, texts: list[str]) -> np.ndarray:
+            return np.array([[t.count(c) + 1.0 for c in "abc"] for t in texts], dtype=np.float32)
+
+    base = planted.full(4)
+    texts = ["a", "bb", "  ", "abc"]
+    dataset = Dataset("text", [ItemContent(str(n), t) for n, t in enumerate(texts)], base.users, base.truth)
+    raw, vectors = embed(dataset, Letters())  # type: ignore[arg-type]
+    assert not raw[2].any() and not vectors[2].any()
+    assert np.linalg.norm(vectors[[0, 1, 3]], axis=1) == pytest.approx(1.0, abs=1e-5)
+    assert (raw[[0, 1, 3]] > 0).all() and (vectors < 0).any()
+
+
+def test_a_world_in_which_nobody_can_be_judged_is_an_error() -> None:
+    full = planted.full(3)
+    truth = Truth(np.array([0]), np.array([5]), np.ones(1, dtype=np.float32), every_cell=False)
+    empty = Requests(np.array([1]), Ragged.of([[0, 1]]), np.array([True, False]), Ragged.of([[2]]))
+    with pytest.raises(DataError, match="too few to judge on"):
+        world(Dataset("nobody", full.items, full.users, truth, log=empty))
