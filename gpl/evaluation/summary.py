@@ -111,16 +111,16 @@ def _targets(result: SetResult) -> list[dict[str, Any]]:
                 met = relative.estimate >= -AUC_LOSS
                 wanted = f"at least {-AUC_LOSS:+.1%}"
                 found.append(_target(f"exposed AUC against {kind}", rival.method.name, wanted, relative, met))
-    for label, name, without in (
+    for label, name, plain in (
         ("no harm: HR@10 against GPL without its pseudo-labels", SUBJECT, "lambda-0"),
         ("no harm: tail HR@10 against GPL without its pseudo-labels", SUBJECT, "lambda-0"),
         ("no harm: HR@10 with anchors of other users", "shuffled", "shuffled-0"),
         ("no harm: HR@10 with random anchors", "random", "random-0"),
     ):
-        if name in methods and without in methods:
+        if name in methods and plain in methods:
             metric = "tail_hr@10" if "tail" in label else "hr@10"
-            relative = compare(methods[name], methods[without], metric).relative
-            found.append(_target(label, without, "interval not below 0", relative, relative.high >= 0))
+            relative = compare(methods[name], methods[plain], metric).relative
+            found.append(_target(label, plain, "interval not below 0", relative, relative.high >= 0))
     return found
 
 
