@@ -16,14 +16,13 @@ from gpl.labels.labeller import Config
 Group = Literal["untrained", "no pseudo-labels", "pseudo-labels", "gpl", "ablation", "control"]
 Settings = Mapping[str, Any]
 
-GENERATORS = ("history", "small-lm")
-
 
 @dataclass(frozen=True)
 class Method:
     """``grid``: values of each setting, one being chosen on validation users, beside the fixed ``settings``.
 
-    A method that is ``like`` another has no grid: it takes the other's chosen settings and changes ``settings``.
+    A method that is ``like`` another starts from the settings chosen for the other, changes ``settings``, and then
+    searches its own grid. So GPL takes all but lambda from its own form without pseudo-labels.
     """
 
     name: str
@@ -34,10 +33,10 @@ class Method:
     like: str | None = None
     settings: Settings = field(default_factory=dict)
 
-    def tuned(self, score: Callable[[dict[str, Any]], float]) -> dict[str, Any]:
+    def tuned(self, base: Settings, score: Callable[[dict[str, Any]], float]) -> dict[str, Any]:
         """The settings with the highest ``score``, searched one setting after the other in the grid's order, starting
-        from the first value of each."""
-        chosen = {**self.settings, **{name: values[0] for name, values in self.grid.items()}}
+        from ``base``, the fixed ones, and the first value of each."""
+        chosen = {**base, **self.settings, **{name: values[0] for name, values in self.grid.items()}}
         best = None
         for name, values in self.grid.items():
             tried = {value: {**chosen, name: value} for value in values}
@@ -75,7 +74,7 @@ _OFF = {"dispersion": False, "history": False, "generation": False}
 _NEGATIVES = {"weight": (1.0, 0.3, 3.0), "source": ("recalled", "uniform")}
 _TAUGHT = {"weight": (1.0, 0.3)}
 
-_PSEUDO = {"weight": (1.0, 0.3, 3.0), "negatives": (1.0, 3.0), "source": ("recalled", "uniform")}
+_LAMBDAS = {"weight": (1.0, 0.3, 3.0)}
 
 METHODS: tuple[Method, ...] = (
     Method("popularity", "Popularity", "untrained", _popularity),
@@ -112,8 +111,8 @@ METHODS: tuple[Method, ...] = (
         "GPL's own loss without pseudo-labels",
         "no pseudo-labels",
         _gpl,
-        {"generator": GENERATORS, "negatives": (1.0, 3.0), "source": ("recalled", "uniform")},
-        settings={"weight": 0.0},
+        {"negatives": (1.0, 3.0), "source": ("recalled", "uniform")},
+        settings={"generator": "history", "weight": 0.0},
     ),
     Method(
         "ips",
@@ -139,24 +138,24 @@ METHODS: tuple[Method, ...] = (
         _TAUGHT,
         settings={"generator": "history"},
     ),
+    Method("gpl", "GPL", "gpl", _gpl, _LAMBDAS, like="no-labels"),
     Method(
         "mean-labels",
-        "Mean-history labels instead of an LM",
+        "Mean-history labels instead of a generator's",
         "pseudo-labels",
         _gpl,
-        _PSEUDO,
+        _LAMBDAS,
+        like="no-labels",
         settings={"generator": "mean"},
     ),
-    Method("gpl", "GPL", "gpl", _gpl, {"generator": GENERATORS, **_PSEUDO}),
     _like("gpl-lm", "GPL, small LM", "gpl", generator="small-lm"),
-    _like("gpl-history", "GPL, history clusters", "gpl", generator="history"),
     _like("no-dispersion", "GPL without the dispersion factor", "ablation", dispersion=False),
     _like("no-history", "GPL without the history factor", "ablation", history=False),
     _like("no-generation", "GPL without the generation factor", "ablation", generation=False),
     _like("no-confidence", "GPL without confidence", "ablation", **_OFF),
     _like("no-centring", "GPL without centring", "ablation", centred=False),
     _like("no-downsampling", "GPL, small LM, popular not thinned", "ablation", generator="small-lm", downsample=False),
-    *(_like(f"lambda-{w:g}", f"GPL, lambda {w:g}", "ablation", weight=w) for w in (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)),
+    *(_like(f"lambda-{w:g}", f"GPL, lambda {w:g}", "ablation", weight=w) for w in (0.1, 0.3, 1.0, 3.0, 10.0)),
     _like("shuffled", "GPL with anchors of other users", "control", shuffled=True),
     _like("shuffled-0", "the same without pseudo-labels", "control", shuffled=True, weight=0.0),
     _like("random", "GPL with random anchors", "control", generator="random"),

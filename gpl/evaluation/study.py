@@ -160,11 +160,10 @@ class _Work:
 
     def settings(self, method: Method) -> dict[str, Any]:
         """The settings chosen on the first seed's validation users."""
-        if method.like is not None:
-            return {**self.settings(BY_NAME[method.like]), **method.settings}
+        base = self.settings(BY_NAME[method.like]) if method.like is not None else {}
         if not method.grid:
-            return dict(method.settings)
-        grid = json.dumps([method.name, method.grid, method.settings], sort_keys=True, default=str)
+            return {**base, **method.settings}
+        grid = json.dumps([method.name, base, method.grid, method.settings], sort_keys=True, default=str)
         key = _digest(grid, self._common(method), str(self.config.seeds[0]))
         path = self.config.cache / "settings" / f"{self.dataset.name}-{method.name}-{key}.json"
         if path.is_file():
@@ -172,7 +171,7 @@ class _Work:
             return stored
         if self.seed != self.config.seeds[0]:
             raise RuntimeError(f"{path}: missing; settings are chosen with the first seed")
-        chosen = method.tuned(lambda s: self.bench.validation.hit_rate(method.run(self.bench, **s)))
+        chosen = method.tuned(base, lambda s: self.bench.validation.hit_rate(method.run(self.bench, **s)))
         path.parent.mkdir(parents=True, exist_ok=True)
         written_atomically(path, lambda target: target.write_text(json.dumps(chosen)))
         return chosen

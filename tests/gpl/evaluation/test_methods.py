@@ -107,7 +107,7 @@ def test_settings_are_searched_one_after_the_other() -> None:
         return {(1, "x"): 0.1, (2, "x"): 0.3, (2, "y"): 0.2}[asked[-1]]
 
     method = Method("m", "M", "gpl", lambda: None, {"a": (1, 2), "b": ("x", "y")}, settings={"c": 0})  # type: ignore[arg-type, return-value]
-    assert method.tuned(score) == {"a": 2, "b": "x", "c": 0}
+    assert method.tuned({}, score) == {"a": 2, "b": "x", "c": 0}
     assert asked == [(1, "x"), (2, "x"), (2, "y")]
     assert all(m.like is None or m.like in BY_NAME for m in METHODS)
 

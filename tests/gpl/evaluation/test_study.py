@@ -18,7 +18,7 @@ from gpl.evaluation.upstream import UpstreamConfig
 from streams.cli import app
 from tests.gpl.evaluation import planted
 
-METHODS = ("popularity", "anchor-history", "exposed-score", "gpl-history", "gpl", "lambda-0", "shuffled", "shuffled-0")
+METHODS = ("popularity", "anchor-history", "exposed-score", "no-labels", "gpl", "lambda-1", "shuffled", "shuffled-0")
 QUICK = ("popularity", "anchor-history")
 
 
