@@ -161,7 +161,7 @@ class TrainerSettings(Section):
     learning_rate: float = Field(3e-3, gt=0)
     weight_decay: float = Field(1e-5, ge=0)
     pseudo_weight: float = Field(
-        1.0, ge=0, description="lambda, the weight of the pseudo-label loss; 0 is exposed only"
+        3.0, ge=0, description="lambda, the weight of the pseudo-label loss; 0 is exposed only"
     )
     evidence: bool = Field(True, description="scale lambda by the evidence that anchor scores tell of clicks")
     negatives_weight: float = Field(1.0, ge=0, description="weight of unexposed candidates as not clicked")
