@@ -83,6 +83,9 @@ def train(
             "there on); TIME as 2026-01-31T12:00 or ts=MILLISECONDS. All but latest discard newer checkpoints."
         ),
     ] = "latest",
+    skip_to: Annotated[
+        str | None, typer.Option(help="TIME: leave out label records published before; past a stretch of bad ones.")
+    ] = None,
     config: ConfigOption = None,
 ) -> None:
     """Run the incremental trainer until SIGTERM."""
@@ -91,16 +94,16 @@ def train(
     from streams.trainer.checkpoint import CheckpointError
 
     try:
-        start.StartFrom.parse(start_from)
+        start.StartFrom.parse(start_from, skip_to)
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--start-from") from error
+        raise typer.BadParameter(str(error), param_hint="--start-from, --skip-to") from error
     settings, stop, health = load(config), threading.Event(), metrics.Health()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     with _clear_errors():
         _, close = metrics.serve(settings.metrics.host, settings.metrics.port, health)
         try:
-            loop.run(settings, stop, health, settings.trainer.journal, start_from=start_from)
+            loop.run(settings, stop, health, settings.trainer.journal, start_from=start_from, skip_to=skip_to)
         except (CheckpointError, loop.TrainingDivergedError) as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from error

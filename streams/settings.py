@@ -170,7 +170,7 @@ class TrainerSettings(Section):
         False, description="train an exposed-only twin beside it, to see the gain of pseudo-labels live"
     )
     checkpoint_every_wall_seconds: float = Field(30, gt=0)
-    publish_every_wall_seconds: float = Field(30, gt=0)
+    publish_every_wall_seconds: float = Field(5, gt=0, description="between attempts; each saves a checkpoint first")
     keep_checkpoints: int = Field(3, ge=1, description="newest ones that stay")
     keep_hourly_checkpoints: int = Field(24, ge=0, description="beside them the first of each of so many hours")
     journal_days: float = Field(30, gt=0, description="how long the batch journal is kept, for rebuilding models")

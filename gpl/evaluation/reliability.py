@@ -1,4 +1,4 @@
-"""What pseudo-labels say of themselves: evidence for them, and whether their confidence means anything."""
+"""Whether confidence means anything: how often what the labels call good is good, by confidence."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gpl.evaluation.bench import Bench
-from gpl.evaluation.generative import Parts, evidence_weight
+from gpl.evaluation.generative import Parts
 
 BINS = 10
 TOP = 20
@@ -42,12 +42,3 @@ def reliability(bench: Bench, settings: Mapping[str, Any]) -> list[dict[str, flo
         for at in np.array_split(np.argsort(confidence, kind="stable"), BINS)
         if len(at)
     ]
-
-
-def evidence_for(bench: Bench, settings: Mapping[str, Any]) -> float:
-    """The weight in [0, 1] that evidence gives to the labels that ``settings`` make: what lambda is multiplied by."""
-    parts = Parts(**settings)
-    labels, _ = bench.labels(parts.spec, parts.labelling, parts.source)
-    pairs = bench.pairs(parts.source)
-    kept = pairs.exposed | ~np.isnan(labels.score)
-    return evidence_weight(pairs.keep(kept), labels.score[kept])

@@ -124,13 +124,6 @@ def _set(one: Summary) -> Iterator[str]:
         for name, method in one["methods"].items()
         if method["settings"] and method["group"] not in ("ablation", "control")
     )
-    having = {name: m["evidence"] for name, m in one["methods"].items() if m["evidence"] is not None}
-    if having:
-        yield ""
-        yield (
-            "Weight that evidence gives to the pseudo-labels (lambda is multiplied by it), mean over seeds: "
-            + ", ".join(f"{name} {weight:.2f}" for name, weight in having.items())
-        )
     bins = one["methods"].get(SUBJECT, {}).get("reliability")
     if bins:
         yield ""

@@ -26,7 +26,7 @@ from gpl.evaluation.dataset import Dataset
 from gpl.evaluation.embed import embedded_world
 from gpl.evaluation.judge import Outcome
 from gpl.evaluation.methods import BY_NAME, Method
-from gpl.evaluation.reliability import evidence_for, reliability
+from gpl.evaluation.reliability import reliability
 from gpl.evaluation.sources import open_dataset
 from gpl.evaluation.training import TrainConfig, one_thread
 from gpl.evaluation.upstream import UpstreamConfig
@@ -66,13 +66,11 @@ class StudyConfig:
 class MethodResult:
     """One method on one data set. ``per_user`` maps a metric to (S, U), NaN where undefined or not judged; ``world`` a
     figure to (S,); ``curve`` (S, 10, 2): hits at 10 and relevant items by popularity, the most popular tenth of the
-    items first. ``evidence`` (S,): the weight of pseudo-labels, NaN without any. ``reliability``: bins of the labels'
-    confidence, of GPL alone."""
+    items first. ``reliability``: bins of the labels' confidence, of GPL alone."""
 
     method: Method
     settings: dict[str, Any]
     seconds: npt.NDArray[np.float64]
-    evidence: npt.NDArray[np.float64]
     per_user: dict[str, npt.NDArray[np.float64]]
     world: dict[str, npt.NDArray[np.float64]]
     curve: npt.NDArray[np.float64]
@@ -156,8 +154,7 @@ class _Work:
             outcome = self.bench.test.judge(method.run(self.bench, **settings))
             seconds = time.monotonic() - started
             bins = reliability(self.bench, settings) if method.name == "gpl" else None
-            weight = evidence_for(self.bench, settings) if method.run is BY_NAME["gpl"].run else float("nan")
-            _write(path, outcome, settings, seconds, weight, bins)
+            _write(path, outcome, settings, seconds, bins)
             hits, tail = outcome.mean("hr@10"), outcome.mean("tail_hr@10")
             yield f"{self.dataset.name} seed {self.seed} {name}: HR@10 {hits:.4f} tail {tail:.4f} ({seconds:.0f} s)"
 
@@ -228,7 +225,6 @@ def _gathered(config: StudyConfig, name: str) -> SetResult:
             method,
             settings,
             np.array([s["seconds"] for s in stored], dtype=np.float64),
-            np.array([s["evidence"] for s in stored], dtype=np.float64),
             {m: _aligned(stored, m, len(dataset.users)) for m in _metrics(stored[0], "user:")},
             {m: np.array([float(s[f"world:{m}"]) for s in stored]) for m in _metrics(stored[0], "world:")},
             np.stack([s["curve"] for s in stored]),
@@ -253,16 +249,10 @@ def _facts(work: _Work) -> dict[str, Any]:
 
 
 def _write(
-    path: Path,
-    outcome: Outcome,
-    settings: dict[str, Any],
-    seconds: float,
-    evidence: float,
-    bins: list[dict[str, float]] | None,
+    path: Path, outcome: Outcome, settings: dict[str, Any], seconds: float, bins: list[dict[str, float]] | None
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    arrays: dict[str, Any] = {"users": outcome.users, "curve": outcome.curve}
-    arrays |= {"seconds": seconds, "evidence": evidence}
+    arrays: dict[str, Any] = {"users": outcome.users, "curve": outcome.curve, "seconds": seconds}
     arrays |= {f"user:{name}": values for name, values in outcome.per_user.items()}
     arrays |= {f"world:{name}": value for name, value in outcome.world.items()}
     arrays["settings"], arrays["reliability"] = json.dumps(settings), json.dumps(bins)

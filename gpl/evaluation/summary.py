@@ -76,7 +76,6 @@ def _method(found: MethodResult) -> dict[str, Any]:
         "group": found.method.group,
         "settings": found.settings,
         "seconds": float(found.seconds.mean()),
-        "evidence": _number(float(found.evidence.mean())),
         "metrics": metrics,
         "hr@10_by_popularity": [_number(hits / count if count else math.nan) for hits, count in curve.tolist()],
         "reliability": found.reliability,

@@ -91,13 +91,17 @@ class GrowingIds:
         """Row of an id, 0 when it is unknown."""
         return self._rows.get(id_, 0)
 
-    def add(self, ids: Sequence[str], at: int) -> Ints:
-        """Rows (n,) of ids, all seen at time ``at``; those not yet known get rows, in order."""
+    def add(self, ids: Sequence[str], at: int | Ints) -> Ints:
+        """Rows (n,) of ids, seen at ``at``, one time or (n,); those not yet known get rows, in order."""
         rows = _rows(self._rows, ids)
         for i in np.flatnonzero(rows == 0).tolist():
             rows[i] = self._row_for(ids[i])
-        np.maximum.at(self._seen, rows, at)
+        self.touch(rows, at)
         return rows
+
+    def touch(self, rows: Ints, at: int | Ints) -> None:
+        """Rows in use (n,) were seen at ``at``, one time or (n,)."""
+        np.maximum.at(self._seen, rows, at)
 
     def expire(self, now: int) -> Ints:
         """Let go of ids not seen since ``now - ttl`` and, above ``capacity``, of those seen longest ago.

@@ -126,3 +126,68 @@ def freshness(
     command += "" if data is None else " --data DIR"
     out.write_text(bench.page(found, settings, plan, command))
     typer.echo(f"written to {out}")
+
+
+@app.command()
+def trainer(
+    records: Annotated[int, typer.Option(min=200, help="Label records of the throughput run.")] = 4000,
+    rates: Annotated[str, typer.Option(help="Label records a second, a freshness run each; empty: none.")] = (
+        "100,300,1000"
+    ),
+    seconds: Annotated[float, typer.Option(min=1, help="Of each freshness run.")] = 20,
+    candidates: Annotated[int, typer.Option(min=20, help="A request, a tenth of them exposed.")] = 100,
+    items: Annotated[int, typer.Option(min=1000, help="Catalogue.")] = 20_000,
+    users: Annotated[int, typer.Option(min=50, help="With a taste each.")] = 20_000,
+    dim: Annotated[int, typer.Option(min=2, help="Of the frozen space.")] = 384,
+    threads: Annotated[int, typer.Option(min=1, help="Of torch, for every figure.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
+    broker: Annotated[str, typer.Option(help="auto, apache, or host:port.")] = "auto",
+) -> None:
+    """The trainer: label records a second beside the bare torch loop, and seconds from a label to a model with it.
+
+    Starts a broker (unless given one). In the freshness runs the trainer is a process of its own; the producer and
+    the broker share this machine's cores with it.
+    """
+    import json
+    import os
+
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(threads)
+    import torch
+
+    from streams.bench import trainer as bench
+    from streams.broker import select
+    from streams.settings import KafkaSettings
+
+    torch.set_num_threads(threads)
+    workload = bench.Workload(bench.Load(items, users, candidates, candidates // 10, dim))
+
+    def say(line: str) -> None:
+        if not as_json:
+            typer.echo(line)
+
+    say(f"{items:,} items x {dim}, {users:,} users, {candidates} candidates a request, {os.cpu_count()} cores")
+    labels = workload.labels(2 * records)
+    with tempfile.TemporaryDirectory(prefix="gpl-bench-") as name:
+        directory = Path(name)
+        kafka = KafkaSettings(prefix=f"bench-{os.getpid()}.")
+        with select.open_broker(select.choose(broker), kafka, directory / "broker") as opened:
+            kafka = kafka.model_copy(update={"bootstrap_servers": opened.bootstrap})
+            at = bench.Topics(kafka, workload)
+            at.send(labels)
+            settings = bench.settings_for(kafka, directory / "trainer")
+            result = bench.throughput(workload, [value for _, value in labels], records, settings)
+            for line in result.lines():
+                say(line)
+            found = []
+            with bench.running_trainer(settings, workload.frame):
+                first = 2 * records
+                for rate in [float(rate) for rate in rates.split(",") if rate.strip()]:
+                    run = bench.freshness(workload, at, settings, rate, seconds, first)
+                    first += int(rate * seconds)
+                    found.append(run)
+                    say(run.line())
+            at.close()
+    if as_json:
+        document = {"throughput": result.to_dict(), "freshness": [run.to_dict() for run in found]}
+        typer.echo(json.dumps(document, indent=2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -13,7 +14,7 @@ import msgspec
 import typer
 from kafka.errors import KafkaError
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from streams.settings import Settings, load
 
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 # torch comes with the models: it is imported where it is needed, so that `gpl --help` is quick.
 
 app = typer.Typer(no_args_is_help=True, help="Published models: what there is, what serves, and putting it right.")
-_out = Console(highlight=False, soft_wrap=True)
+# Piped into a file or a pager the tables keep their width.
+_out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Config = Annotated[Path | None, typer.Option("--config", help="TOML file; default gpl.toml or GPL_CONFIG.")]
@@ -60,7 +62,7 @@ def list_models(
         document = {"models": rows, "serving": serving, "pin": pin, "refusals": refusals, "accept_next": accepted}
         typer.echo(json.dumps(msgspec.to_builtins(document), indent=2))
         return
-    table = Table("version", "", "published", "records", "newest event", *_FIGURES)
+    table = Table(Column("version", no_wrap=True), "", "published", "records", "newest event", *_FIGURES)
     for row in rows:
         state = ", ".join(word for word in ("serving", "pinned") if row[word])
         if "damaged" in row:

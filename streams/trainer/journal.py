@@ -13,12 +13,15 @@ the file is cut to that length on resume: every evaluation of the surviving hist
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import structlog
+
+from streams.trainer.batch import Prepared
+from streams.trainer.validation import Evaluated
 
 log = structlog.get_logger()
 
@@ -48,3 +51,16 @@ class Journal:
 
     def close(self) -> None:
         self._file.close()
+
+
+def journal_lines(prepared: Sequence[Prepared], evaluated: Evaluated) -> Iterator[dict[str, Any]]:
+    """Lines of requests that were evaluated, parallel to ``evaluated``'s."""
+    for p, own in zip(prepared, evaluated.split(), strict=True):
+        about = {"request_id": p.label.request_id, "user_id": p.label.user_id, "ts": p.label.ts}
+        for i, clicked in enumerate(own.clicked.tolist()):
+            scores = {name: float(values[i]) for name, values in own.logits.items()}
+            yield {"kind": "score", **about, "item": p.items[i], "clicked": int(clicked), "score": scores}
+        for i, tail in enumerate(own.tail.tolist()):
+            rank = {name: int(values[i]) for name, values in own.rank.items()}
+            if all(rank.values()):
+                yield {"kind": "rank", **about, "item": p.items[i], "tail": tail, "n": len(p.items), "rank": rank}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
@@ -61,17 +62,18 @@ def run(
     journal: Path | None = None,
     frame: Frame | None = None,
     start_from: str = "latest",
+    skip_to: str | None = None,
 ) -> None:
     """Train until ``stop`` is set, then leave a final checkpoint and, if the gate allows, a final publication.
 
     Beats "trainer"; ready once the catalogue has been read. ``journal``: file of the evaluation journal, none without.
     ``frame``: the space of vectors and labels, by default that of the artefacts.
-    ``start_from``: see ``start``. Raises TrainingDivergedError, ValueError for a start that there is not, and what the
-    broker or the disk raises: a restarted process continues from the newest valid checkpoint.
+    ``start_from``, ``skip_to``: see ``start``. Raises TrainingDivergedError, ValueError for a start that there is not,
+    and what the broker or the disk raises: a restarted process continues from the newest valid checkpoint.
     """
     health = health or metrics.Health()
     health.wait_for("trainer")
-    with Loop(settings, frame or Frame.load(settings.artefacts), journal, StartFrom.parse(start_from)) as loop:
+    with Loop(settings, frame or Frame.load(settings.artefacts), journal, StartFrom.parse(start_from, skip_to)) as loop:
         health.done("trainer")
         try:
             while not stop.is_set():
@@ -114,6 +116,9 @@ class Loop:
             positions = {} if checkpoint is None else checkpoint.positions
             if start.kind == "time":
                 positions = offsets_at(settings.kafka, start.value)
+            if start.skip_to is not None:
+                ahead = offsets_at(settings.kafka, start.skip_to)
+                positions = {p: max(at, positions.get(p, 0)) for p, at in ahead.items()}
             self._source = opened.enter_context(closing(LabelSource(settings.kafka, positions)))
             self._producer = opened.enter_context(closing(producer(settings.kafka)))
             self._publisher = opened.enter_context(closing(Publisher(settings.kafka, own, self._producer)))
@@ -122,7 +127,8 @@ class Loop:
         parent = None if checkpoint is None else checkpoint.run
         self._run = self._batches.begin(lambda number: self._header(number, parent, start)).run
         self._saved = -1 if checkpoint is None else checkpoint.step
-        if start.kind not in ("latest", "step", "before"):
+        if start.kind in ("earliest", "time") or start.skip_to is not None:
+            self._saved = -1
             self._save()  # a restart goes on from here, not from what was there before
         self._exported_step = self._trainer.step_count
         now = time.monotonic()
@@ -143,6 +149,11 @@ class Loop:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._opened.close()
+
+    @property
+    def positions(self) -> Mapping[int, int]:
+        """Next offset to train on, per partition of the labels."""
+        return self._source.positions
 
     def round(self) -> None:
         """Bring the catalogue up to date, train on at most one batch, and do what has fallen due."""

@@ -168,7 +168,7 @@ class Publisher:
     def refuse(self, refusal: Refusal, step: int) -> None:
         """Count, log and keep a refusal."""
         metrics.PUBLICATIONS_REFUSED.labels(refusal.reason).inc()
-        metrics.PUBLICATION_BLOCKED.set(1)
+        metrics.PUBLICATION_BLOCKED.set(refusal.reason != "few_records")  # at the beginning that is as it should be
         log.warning("publication_refused", step=step, reason=refusal.reason, why=refusal.why)
         self.store.refuse(refusal.reason, refusal.why, step, int(self._clock() * 1000))
 

@@ -6,6 +6,9 @@
     earliest          new weights, from the beginning of the log
     TIME              new weights, from the first label record published then or later
 
+``--skip-to TIME`` leaves out the label records published before TIME, so that a model goes on past a stretch of bad
+ones with the weights from before it.
+
 TIME is ISO 8601 (UTC where it names no zone) or ``ts=`` milliseconds since the epoch. All but ``latest`` discard the
 checkpoints that are newer than the place where they start, so that a restart goes on from there.
 """
@@ -13,7 +16,7 @@ checkpoints that are newer than the place where they start, so that a restart go
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -24,30 +27,26 @@ _STEP = re.compile(r"step-(\d+)")
 
 @dataclass(frozen=True)
 class StartFrom:
-    """``value``: a step, or milliseconds since the epoch."""
+    """``value``: a step, or milliseconds since the epoch. ``skip_to``: the same, None leaves nothing out."""
 
     kind: Literal["latest", "step", "before", "earliest", "time"]
     value: int = 0
     text: str = "latest"
+    skip_to: int | None = None
 
     @classmethod
-    def parse(cls, text: str) -> StartFrom:
+    def parse(cls, text: str, skip_to: str | None = None) -> StartFrom:
         """Raises ValueError naming the forms that there are."""
+        if skip_to is not None:
+            return replace(cls.parse(text), skip_to=_time("skip-to", skip_to), text=f"{text}, skip to {skip_to}")
         if text == "latest":
             return cls("latest", 0, text)
         if text == "earliest":
             return cls("earliest", 0, text)
         if found := _STEP.fullmatch(text):
             return cls("step", int(found[1]), text)
-        try:
-            if text.startswith("before="):
-                return cls("before", _millis(text.removeprefix("before=")), text)
-            return cls("time", _millis(text), text)
-        except ValueError as error:
-            raise ValueError(
-                f"start-from: {text!r}; latest, earliest, step-N, before=TIME or TIME expected, "
-                "TIME as 2026-01-31T12:00 (UTC) or ts=MILLISECONDS"
-            ) from error
+        before = text.startswith("before=")
+        return cls("before" if before else "time", _time("start-from", text.removeprefix("before=")), text)
 
     def checkpoint(self, store: CheckpointStore) -> Checkpoint | None:
         """The checkpoint to go on from, None to begin anew. Raises CheckpointError when the one that is named is
@@ -60,13 +59,19 @@ class StartFrom:
         elif self.kind == "before":
             found = store.load_at_most(None, lambda manifest: manifest.written_at <= self.value)
             if found is None:
-                raise CheckpointError(f"no valid checkpoint was written by {self.text.removeprefix('before=')}")
+                raise CheckpointError(f"start-from: {self.text}: no valid checkpoint was written by then")
         store.discard_after(-1 if found is None else found.step)
         return found
 
 
-def _millis(text: str) -> int:
-    if text.startswith("ts="):
-        return int(text.removeprefix("ts="))
-    moment = datetime.fromisoformat(text)
+def _time(option: str, text: str) -> int:
+    try:
+        if text.startswith("ts="):
+            return int(text.removeprefix("ts="))
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise ValueError(
+            f"{option}: {text!r}; a TIME such as 2026-01-31T12:00 (UTC) or ts=MILLISECONDS expected"
+            + ("; or latest, earliest, step-N, before=TIME" if option == "start-from" else "")
+        ) from error
     return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)

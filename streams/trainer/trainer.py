@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -28,12 +28,13 @@ from streams.contracts import Label
 from streams.frame import Frame
 from streams.settings import TrainerSettings
 from streams.trainer import probe
-from streams.trainer.batch import Prepared, prepare
+from streams.trainer.batch import Prepared, Rows, prepare
 from streams.trainer.calibration import CalibrationWindow
 from streams.trainer.checkpoint import Checkpoint
-from streams.trainer.dedup import DedupWindow, Trained
+from streams.trainer.dedup import DedupWindow, Fresh, Trained
+from streams.trainer.journal import journal_lines
 from streams.trainer.publish import Candidate
-from streams.trainer.validation import PSEUDO_PAIRS, Bools, Evaluated, ProgressiveWindow, ranks, tail_threshold
+from streams.trainer.validation import Bools, ProgressiveWindow, evaluate, tail_threshold
 
 MAIN, SHADOW = "gpl", "exposed"
 """Model names in metrics and in the journal: trained with pseudo-labels, and on exposed labels only."""
@@ -78,6 +79,7 @@ class Trainer:
             self._learners[SHADOW] = self._learner(0.0, 0.0)
         ttl = None if settings.id_ttl_seconds is None else max(1, int(settings.id_ttl_seconds * 1000))
         self._users, self._items = GrowingIds(settings.max_users, ttl), GrowingIds(settings.max_items, ttl)
+        self._rows = Rows(self._users, self._items, catalogue)
         self._exposures = np.zeros(1, np.int64)  # by item row; row 0 is the unknown item
         self._tail = 0.0  # exposures up to which an item counts to the tail
         self._dedup = DedupWindow(settings.dedup_requests)
@@ -89,7 +91,6 @@ class Trainer:
         self.loss: float | None = None
         self.step_count = 0
         self.records = 0
-        self.evaluated = 0
         self.newest_event_ts = 0
 
     def step(self, labels: Sequence[Label], newest_at: int | None = None) -> list[dict[str, Any]]:
@@ -100,7 +101,7 @@ class Trainer:
         """
         self.step_count += 1
         self.loss = None
-        prepared = [p for label in labels if (p := self._admit(label)) is not None]
+        prepared = self._admit(labels)
         if newest_at is not None:
             self._newest_at = max(newest_at, self._newest_at or 0)
         trainable = [p for p in prepared if p.items]
@@ -111,7 +112,7 @@ class Trainer:
             exposed_rows = batch.item_row[batch.item[batch.exposed]]
             new, tail = self._exposures[exposed_rows] == 0, self._exposures[exposed_rows] <= self._tail
             logits = self._train(batch)
-            lines = self._validate(trainable, logits, new, tail)
+            lines = self._validate(trainable, batch, logits, new, tail)
             np.add.at(self._exposures, exposed_rows, 1)
             self._calibration.add(batch.score[batch.exposed], batch.clicked[batch.exposed])
             self._evidence.observe(
@@ -223,6 +224,7 @@ class Trainer:
         by_id = {name: tensor.numpy() for name, tensor in checkpoint.tensors["ids"].items()}
         self._users.restore(state.users, by_id["users_seen"])
         self._items.restore(state.items, by_id["items_seen"])
+        self._rows.forget()
         self._exposures = by_id["exposures"].copy()
         self._dedup.restore(state.dedup)
         self._window.restore(state.window, checkpoint.tensors["window"])
@@ -271,18 +273,21 @@ class Trainer:
         loss = LossConfig(settings.loss, pseudo_weight, negatives_weight)
         return Learner(model, loss, settings.learning_rate, settings.weight_decay)
 
-    def _admit(self, label: Label) -> Prepared | None:
-        space = (label.provenance.encoder, label.provenance.quantiser)
-        if space != (self._frame.encoder, self._frame.quantiser):
-            metrics.TRAINER_SKIPPED.labels("other_space").inc()  # its scores mean nothing beside these vectors
-            return None
-        fresh = self._dedup.admit(label)
-        if fresh is None:
-            metrics.DUPLICATES.labels("labels").inc()
-            return None
-        prepared = prepare(label, fresh, self._users, self._items, self._catalogue)
-        metrics.TRAINER_SKIPPED.labels("no_vector").inc(prepared.skipped)
-        self.newest_event_ts = max(self.newest_event_ts, label.ts)
+    def _admit(self, labels: Sequence[Label]) -> list[Prepared]:
+        kept: list[Label] = []
+        fresh: list[Fresh] = []
+        for label in labels:
+            space = (label.provenance.encoder, label.provenance.quantiser)
+            if space != (self._frame.encoder, self._frame.quantiser):
+                metrics.TRAINER_SKIPPED.labels("other_space").inc()  # its scores mean nothing beside these vectors
+            elif (new := self._dedup.admit(label)) is None:
+                metrics.DUPLICATES.labels("labels").inc()
+            else:
+                kept.append(label)
+                fresh.append(new)
+                self.newest_event_ts = max(self.newest_event_ts, label.ts)
+        prepared = prepare(kept, fresh, self._rows)
+        metrics.TRAINER_SKIPPED.labels("no_vector").inc(sum(p.skipped for p in prepared))
         return prepared
 
     def _grow(self) -> None:
@@ -303,6 +308,7 @@ class Trainer:
         if len(users) or len(items):
             for learner in self._learners.values():
                 learner.forget(users, items)
+            self._rows.forget()
             self._exposures[items] = 0
             metrics.IDS_FORGOTTEN.labels("users").inc(len(users))
             metrics.IDS_FORGOTTEN.labels("items").inc(len(items))
@@ -327,21 +333,14 @@ class Trainer:
         return logits
 
     def _validate(
-        self, prepared: Sequence[Prepared], logits: Mapping[str, Floats], new: Bools, tail: Bools
+        self, prepared: Sequence[Prepared], batch: Batch, logits: Mapping[str, Floats], new: Bools, tail: Bools
     ) -> list[dict[str, Any]]:
-        lines: list[dict[str, Any]] = []
-        start = shown = 0
-        for p in prepared:
-            end, last_shown = start + len(p.items), shown + p.exposed
-            if p.first:
-                own = {name: values[start:end] for name, values in logits.items()}
-                evaluated = _evaluated(p, own, new[shown:last_shown], tail[shown:last_shown])
-                self._window.add([evaluated])
-                self.evaluated += 1
-                if self._lines:
-                    lines += _journal_lines(p, evaluated)
-            start, shown = end, last_shown
-        return lines
+        evaluated = evaluate([p.label.user_id for p in prepared], batch, logits, new, tail)
+        first = np.array([p.first for p in prepared])
+        if not first.all():
+            evaluated = evaluated.of(first)
+        self._window.add(evaluated)
+        return list(journal_lines([p for p in prepared if p.first], evaluated)) if self._lines else []
 
     def _probe(self) -> models.Probe:
         recent = [p for p in self._recent if p.items]
@@ -361,35 +360,3 @@ class Trainer:
 
 
 _NO_ROWS = np.zeros(0, np.int64)
-
-
-def _evaluated(p: Prepared, logits: Mapping[str, Floats], new: Bools, tail: Bools) -> Evaluated:
-    m, end = p.exposed, p.exposed + PSEUDO_PAIRS
-    clicked = p.example.clicked > 0
-    # Without pseudo-labels a record does not name the other candidates, so there is nothing to rank among.
-    ranked = np.flatnonzero(clicked) if len(p.items) > m else _NO_ROWS
-    rank = {name: np.zeros(m, np.int32) for name in logits}
-    if len(ranked):
-        for name, values in logits.items():
-            rank[name][ranked] = ranks(values, ranked)
-    return Evaluated(
-        user=p.label.user_id,
-        clicked=clicked,
-        tail=tail,
-        new=new,
-        logits={name: values[:m].copy() for name, values in logits.items()},
-        rank=rank,
-        label=p.example.label[:PSEUDO_PAIRS],
-        pseudo={name: values[m:end].copy() for name, values in logits.items()},
-    )
-
-
-def _journal_lines(p: Prepared, evaluated: Evaluated) -> Iterator[dict[str, Any]]:
-    about = {"request_id": p.label.request_id, "user_id": p.label.user_id, "ts": p.label.ts}
-    for i, clicked in enumerate(evaluated.clicked.tolist()):
-        scores = {name: float(values[i]) for name, values in evaluated.logits.items()}
-        yield {"kind": "score", **about, "item": p.items[i], "clicked": int(clicked), "score": scores}
-    for i, tail in enumerate(evaluated.tail.tolist()):
-        rank = {name: int(values[i]) for name, values in evaluated.rank.items()}
-        if all(rank.values()):
-            yield {"kind": "rank", **about, "item": p.items[i], "tail": tail, "n": len(p.items), "rank": rank}

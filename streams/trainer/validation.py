@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpl.evaluation.metrics import auc, calibration_error, gauc, log_loss
-from gpl.labels.matching import Floats
+from gpl.labels.matching import Floats, Ints
+from gpl.preranker.batch import Batch
 from streams.trainer.gate import Feed
 
 TOP = 10
@@ -33,26 +34,108 @@ Bools = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One request as the models saw it before training, m exposed items and k pseudo-labelled ones.
+    """R requests as the models saw them before training, M exposed items and K pseudo-labelled ones in all.
 
-    ``clicked``, ``tail``, ``new`` (m,). By model: ``logits`` (m,), ``rank`` (m,) among all candidates, 1 is best, 0 for
-    items that were not clicked or had nothing to be ranked among, ``pseudo`` (k,), logits of pairs with ``label`` (k,).
+    ``users`` (R,), ``exposed`` and ``hidden`` (R,): how many of the flat entries are each request's. ``clicked``,
+    ``tail``, ``new`` (M,). By model: ``logits`` (M,), ``rank`` (M,) among all candidates of the request, 1 is best, 0
+    for items that were not clicked or had nothing to be ranked among, ``pseudo`` (K,), logits of pairs with ``label``
+    (K,).
     """
 
-    user: str
+    users: list[str]
+    exposed: Ints
+    hidden: Ints
     clicked: Bools
     tail: Bools
     new: Bools
-    logits: Mapping[str, Floats]
-    rank: Mapping[str, NDArray[np.int32]]
     label: Floats
+    logits: Mapping[str, Floats]
+    rank: Mapping[str, Ints]
     pseudo: Mapping[str, Floats]
 
+    def of(self, chosen: Bools) -> Evaluated:
+        """Of some of the requests: ``chosen`` (R,)."""
+        shown, hidden = np.repeat(chosen, self.exposed), np.repeat(chosen, self.hidden)
+        return Evaluated(
+            users=[self.users[i] for i in np.flatnonzero(chosen).tolist()],
+            exposed=self.exposed[chosen],
+            hidden=self.hidden[chosen],
+            clicked=self.clicked[shown],
+            tail=self.tail[shown],
+            new=self.new[shown],
+            label=self.label[hidden],
+            logits={model: values[shown] for model, values in self.logits.items()},
+            rank={model: values[shown] for model, values in self.rank.items()},
+            pseudo={model: values[hidden] for model, values in self.pseudo.items()},
+        )
 
-def ranks(scores: Floats, of: NDArray[np.int64]) -> NDArray[np.int32]:
-    """Rank, 1 is best, of the entries ``of`` among all ``scores`` (n,). Ties count against the model, so that a
-    constant scorer earns no hits."""
-    found: NDArray[np.int32] = np.count_nonzero(scores[None, :] >= scores[of, None], axis=1).astype(np.int32)
+    def split(self) -> Iterator[Evaluated]:
+        """One by one."""
+        for i in range(len(self.users)):
+            yield self.of(np.arange(len(self.users)) == i)
+
+
+def joined(parts: Sequence[Evaluated], models: Sequence[str]) -> Evaluated:
+    """All requests of ``parts``, in order, as ``models`` saw them."""
+
+    def flat(name: str, kind: type) -> NDArray[Any]:
+        return np.concatenate([np.zeros(0, kind), *(getattr(part, name) for part in parts)], dtype=kind)
+
+    def by_model(name: str, kind: type) -> dict[str, NDArray[Any]]:
+        return {
+            model: np.concatenate([np.zeros(0, kind), *(getattr(part, name)[model] for part in parts)], dtype=kind)
+            for model in models
+        }
+
+    return Evaluated(
+        users=[user for part in parts for user in part.users],
+        exposed=flat("exposed", np.int64),
+        hidden=flat("hidden", np.int64),
+        clicked=flat("clicked", np.bool_),
+        tail=flat("tail", np.bool_),
+        new=flat("new", np.bool_),
+        label=flat("label", np.float32),
+        logits=by_model("logits", np.float32),
+        rank=by_model("rank", np.int64),
+        pseudo=by_model("pseudo", np.float32),
+    )
+
+
+def evaluate(users: list[str], batch: Batch, logits: Mapping[str, Floats], new: Bools, tail: Bools) -> Evaluated:
+    """A batch of R requests by the ``logits`` (P,) that each model gave it; ``new``, ``tail``: of its exposed pairs."""
+    requests, size = len(users), np.bincount(batch.request, minlength=len(users))
+    position = np.arange(len(batch.request)) - np.repeat(np.cumsum(size) - size, size)
+    shown = np.bincount(batch.request[batch.exposed], minlength=requests)
+    # Exposed pairs come first in a request.
+    hidden = ~batch.exposed & (position < shown[batch.request] + PSEUDO_PAIRS)
+    clicked = batch.clicked[batch.exposed] > 0
+    # Without pseudo-labels a record does not name the other candidates, so there is nothing to rank among.
+    ranked = clicked & (size > shown)[batch.request[batch.exposed]]
+    return Evaluated(
+        users=users,
+        exposed=shown,
+        hidden=np.bincount(batch.request[hidden], minlength=requests),
+        clicked=clicked,
+        tail=tail,
+        new=new,
+        label=batch.label[hidden],
+        logits={model: values[batch.exposed] for model, values in logits.items()},
+        rank={
+            model: _ranks(values, batch.request, position, size, np.flatnonzero(batch.exposed)[ranked], ranked)
+            for model, values in logits.items()
+        },
+        pseudo={model: values[hidden] for model, values in logits.items()},
+    )
+
+
+def _ranks(values: Floats, request: Ints, position: Ints, size: Ints, pairs: Ints, at: Bools) -> Ints:
+    """Rank of ``pairs`` among the pairs of their request, put where ``at`` says; 0 elsewhere."""
+    found = np.zeros(len(at), np.int64)
+    if len(pairs):
+        grid = np.full((len(size), int(size.max())), -np.inf, np.float32)
+        grid[request, position] = values
+        # Ties count against the model, so that a constant scorer earns no hits.
+        found[at] = np.count_nonzero(grid[request[pairs]] >= values[pairs, None], axis=1)
     return found
 
 
@@ -65,15 +148,20 @@ class ProgressiveWindow:
     """The newest ``capacity`` evaluated requests, as ``models`` scored them."""
 
     def __init__(self, capacity: int, models: Sequence[str]) -> None:
-        self._records: deque[Evaluated] = deque(maxlen=capacity)
+        self._parts: deque[Evaluated] = deque()
+        self._capacity = capacity
+        self._held = 0
         self._models = tuple(models)
 
     def __len__(self) -> int:
-        return len(self._records)
+        return min(self._held, self._capacity)
 
-    def add(self, records: Iterable[Evaluated]) -> None:
+    def add(self, evaluated: Evaluated) -> None:
         """Take in evaluated requests; the oldest leave."""
-        self._records.extend(records)
+        self._parts.append(evaluated)
+        self._held += len(evaluated.users)
+        while self._held - len(self._parts[0].users) >= self._capacity:
+            self._held -= len(self._parts.popleft().users)
 
     def summary(self, model: str) -> dict[str, float]:
         """auc, gauc, log_loss, ece, hr10 and hr10_tail of a model; a figure that is not defined is left out."""
@@ -85,28 +173,26 @@ class ProgressiveWindow:
 
     def slices(self, model: str, newest: int | None = None) -> dict[str, dict[str, float]]:
         """Figures by slice over the window, or over its ``newest`` requests."""
-        records = list(self._records)[-newest if newest else 0 :]
-        if not records:
+        held = self._newest(newest or self._capacity, [model])
+        if not held.users:
             return {}
-        clicked = np.concatenate([r.clicked for r in records])
-        tail = np.concatenate([r.tail for r in records])
-        new = np.concatenate([r.new for r in records])
-        logits = np.concatenate([r.logits[model] for r in records]).astype(np.float64)
-        rank = np.concatenate([r.rank[model] for r in records])
         index: dict[str, int] = {}
-        of = [index.setdefault(r.user, len(index)) for r in records]
-        users = np.repeat(of, [len(r.clicked) for r in records])
+        users = np.repeat([index.setdefault(user, len(index)) for user in held.users], held.exposed)
+        logits, rank = held.logits[model].astype(np.float64), held.rank[model]
         found = {}
-        for name, rows in ((ALL, None), ("head", ~tail), ("tail", tail), ("new", new), ("known", ~new)):
+        for name, rows in (
+            (ALL, None),
+            ("head", ~held.tail),
+            ("tail", held.tail),
+            ("new", held.new),
+            ("known", ~held.new),
+        ):
             chosen = slice(None) if rows is None else rows
-            figures = _figures(clicked[chosen], logits[chosen], rank[chosen])
+            figures = _figures(held.clicked[chosen], logits[chosen], rank[chosen])
             if name == ALL:
-                figures["gauc"] = gauc(clicked, logits, users)
+                figures["gauc"] = gauc(held.clicked, logits, users)
             found[name] = figures
-        found[PSEUDO] = _pseudo_figures(
-            np.concatenate([r.label for r in records]).astype(np.float64),
-            np.concatenate([r.pseudo[model] for r in records]).astype(np.float64),
-        )
+        found[PSEUDO] = _pseudo_figures(held.label.astype(np.float64), held.pseudo[model].astype(np.float64))
         return {
             name: {key: float(value) for key, value in figures.items() if math.isfinite(value)}
             for name, figures in found.items()
@@ -114,56 +200,48 @@ class ProgressiveWindow:
 
     def feed(self, newest: int) -> Feed:
         """What the newest requests' labels were like."""
-        records = list(self._records)[-newest:] if newest else []
+        held = self._newest(newest, ())
         return Feed(
-            requests=len(records),
-            exposures=sum(len(r.clicked) for r in records),
-            clicks=sum(int(np.count_nonzero(r.clicked)) for r in records),
-            of_one_user=max(Counter(r.user for r in records).values(), default=0),
+            requests=len(held.users),
+            exposures=len(held.clicked),
+            clicks=int(np.count_nonzero(held.clicked)),
+            of_one_user=max(Counter(held.users).values(), default=0),
         )
 
     def state(self) -> tuple[list[str], dict[str, Tensor]]:
         """For the checkpoint, oldest first: users by request, and all else as flat arrays."""
-        records = list(self._records)
-        arrays: dict[str, NDArray[np.generic]] = {
-            "exposed": np.array([len(r.clicked) for r in records], np.int64),
-            "pseudo": np.array([len(r.label) for r in records], np.int64),
-            "clicked": _flat([r.clicked for r in records], np.bool_),
-            "tail": _flat([r.tail for r in records], np.bool_),
-            "new": _flat([r.new for r in records], np.bool_),
-            "label": _flat([r.label for r in records], np.float32),
-        }
-        for model in self._models:
-            arrays[f"logits.{model}"] = _flat([r.logits[model] for r in records], np.float32)
-            arrays[f"rank.{model}"] = _flat([r.rank[model] for r in records], np.int32)
-            arrays[f"pseudo.{model}"] = _flat([r.pseudo[model] for r in records], np.float32)
-        return [r.user for r in records], {name: torch.from_numpy(array) for name, array in arrays.items()}
+        held = self._newest(self._capacity, self._models)
+        arrays = {name: getattr(held, name) for name in _FLAT}
+        for name in _BY_MODEL:
+            arrays |= {f"{name}.{model}": getattr(held, name)[model] for model in self._models}
+        return held.users, {name: torch.from_numpy(array) for name, array in arrays.items()}
 
-    def restore(self, users: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
+    def restore(self, users: list[str], tensors: Mapping[str, Tensor]) -> None:
         """Take over a saved window. Raises KeyError when it lacks one of the models."""
-        exposed, pseudo = tensors["exposed"].tolist(), tensors["pseudo"].tolist()
+        flat: dict[str, Any] = {name: tensors[name].numpy().copy() for name in _FLAT}
+        for name in _BY_MODEL:
+            flat[name] = {model: tensors[f"{name}.{model}"].numpy().copy() for model in self._models}
+        self._parts = deque([Evaluated(users=users, **flat)])
+        self._held = len(users)
 
-        def parts(name: str, sizes: list[int]) -> list[NDArray[np.generic]]:
-            return np.split(tensors[name].numpy(), np.cumsum(sizes)[:-1]) if sizes else []
-
-        columns = {name: parts(name, exposed) for name in ("clicked", "tail", "new")}
-        label = parts("label", pseudo)
-        by_model = {
-            name: {model: parts(f"{name}.{model}", sizes) for model in self._models}
-            for name, sizes in (("logits", exposed), ("rank", exposed), ("pseudo", pseudo))
-        }
-        self._records.clear()
-        for i, user in enumerate(users):
-            of = {name: {model: rows[i] for model, rows in found.items()} for name, found in by_model.items()}
-            rest = {name: rows[i] for name, rows in columns.items()}
-            self._records.append(Evaluated(user=user, label=label[i], **rest, **of))  # type: ignore[arg-type]
-
-
-def _flat(parts: Sequence[NDArray[Any]], kind: type) -> NDArray[np.generic]:
-    return np.concatenate([np.zeros(0, kind), *parts], dtype=kind)
+    def _newest(self, count: int, models: Sequence[str]) -> Evaluated:
+        parts: deque[Evaluated] = deque()
+        held = 0
+        for part in reversed(self._parts):
+            if held >= min(count, self._capacity):
+                break
+            parts.appendleft(part)
+            held += len(part.users)
+        every = joined(list(parts), models)
+        excess = held - min(count, self._capacity)
+        return every.of(np.arange(held) >= excess) if excess > 0 else every
 
 
-def _figures(clicked: Bools, logits: NDArray[np.float64], rank: NDArray[np.int32]) -> dict[str, float]:
+_FLAT = ("exposed", "hidden", "clicked", "tail", "new", "label")
+_BY_MODEL = ("logits", "rank", "pseudo")
+
+
+def _figures(clicked: Bools, logits: NDArray[np.float64], rank: Ints) -> dict[str, float]:
     if not len(clicked):
         return {}
     probability = _sigmoid(logits)

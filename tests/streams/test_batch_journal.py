@@ -1,0 +1,125 @@
+"""The batch journal leads from a step back to the beginning, says where it breaks off, and does not grow for ever."""
+
+import uuid
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streams.storage import Storage, open_storage
+from streams.trainer import batch_journal
+from streams.trainer.batch_journal import Batch, BatchJournal, JournalError, Run, ranges, software
+
+
+@pytest.fixture(params=["local", "memory"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    return open_storage(tmp_path if request.param == "local" else f"memory://{uuid.uuid4().hex}")
+
+
+@pytest.fixture(autouse=True)
+def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_journal, "SEGMENT_BATCHES", 4)
+
+
+def batch(step: int) -> Batch:
+    return Batch([(0, 10 * step, 10 * step + 7), (2, step, step + 1)], [(1, step)] if step % 3 == 0 else [], step / 7)
+
+
+def begin(journal: BatchJournal, parent: int | None = None, step: int = 0) -> Run:
+    return journal.begin(
+        lambda number: Run(
+            number, parent, step, "latest", {0: 0}, {1: 2}, {"dim": 8}, {"encoder": "e"}, 1, software(), 5
+        )
+    )
+
+
+def write(journal: BatchJournal, first: int, last: int, sync_every: int = 3) -> None:
+    for step in range(first, last + 1):
+        journal.append(batch(step))
+        if step % sync_every == 0:
+            journal.sync()
+    journal.sync()
+
+
+def steps(journal: BatchJournal, run: int, after: int, to: int) -> list[tuple[int, Batch]]:
+    return list(journal.batches(run, after, to))
+
+
+def test_batches_come_back_in_order_whatever_was_synced_when(storage: Storage) -> None:
+    journal = BatchJournal(storage)
+    assert begin(journal).run == 1
+    write(journal, 1, 22)
+    again = BatchJournal(storage)
+    assert steps(again, 1, 0, 22) == [(n, batch(n)) for n in range(1, 23)]
+    assert steps(again, 1, 5, 9) == [(n, batch(n)) for n in range(6, 10)]
+    assert steps(again, 1, 9, 9) == []
+    assert len(storage.names("journal")) == 1 + 6  # the header, and full segments but for the last
+    with pytest.raises(JournalError, match="run 1: the journal holds no batch of step 23"):
+        steps(again, 1, 0, 23)
+
+
+def test_what_was_not_synced_is_not_there(storage: Storage) -> None:
+    journal = BatchJournal(storage)
+    begin(journal)
+    write(journal, 1, 6)
+    journal.append(batch(7))
+    with pytest.raises(JournalError, match="step 7"):
+        steps(BatchJournal(storage), 1, 0, 7)
+
+
+def test_each_start_goes_on_from_the_step_that_it_took_up(storage: Storage) -> None:
+    journal = BatchJournal(storage)
+    begin(journal)
+    write(journal, 1, 10)
+    second = BatchJournal(storage)
+    begin(second, 1, 6)  # steps 7 to 10 were lost
+    write(second, 7, 9)
+    third = BatchJournal(storage)
+    assert begin(third, 2, 8).run == 3
+    write(third, 9, 12)
+    assert [(run.run, last) for run, last in third.lineage(3, 11)] == [(1, 6), (2, 8), (3, 11)]
+    assert [(run.run, last) for run, last in third.lineage(1, 10)] == [(1, 10)]
+    with pytest.raises(JournalError, match="run 3 begins at step 8, step 7 of it"):
+        third.lineage(3, 7)
+    with pytest.raises(JournalError, match="run 9: no header"):
+        third.lineage(9, 1)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x1f\x8b half", b"{}"])
+def test_a_damaged_segment_is_named(storage: Storage, damage: bytes) -> None:
+    journal = BatchJournal(storage)
+    begin(journal)
+    write(journal, 1, 6)
+    storage.put("journal/000001-0000000005.json.gz", damage)
+    assert len(steps(journal, 1, 0, 4)) == 4
+    with pytest.raises(JournalError, match="0000000005"):
+        steps(journal, 1, 0, 6)
+
+
+def test_old_segments_go_and_what_is_left_still_leads_somewhere(storage: Storage) -> None:
+    now = [1_000_000.0]
+    first = BatchJournal(storage, clock=lambda: now[0])
+    begin(first)
+    write(first, 1, 8)
+    now[0] += 3 * 86400
+    second = BatchJournal(storage, clock=lambda: now[0])
+    begin(second, 1, 8)
+    write(second, 9, 14)
+    second.prune(days=5)
+    assert len(steps(second, 1, 0, 8)) == 8
+    now[0] += 3 * 86400
+    second.prune(days=5)
+    assert second.runs() == [2]
+    assert [(run.run, last) for run, last in second.lineage(2, 14)] == [(2, 14)]
+    assert len(steps(second, 2, 8, 14)) == 6
+    with pytest.raises(JournalError, match="run 1"):
+        steps(second, 1, 0, 8)
+
+
+@given(st.dictionaries(st.integers(0, 5), st.tuples(st.integers(0, 50), st.integers(0, 9)), min_size=1))
+def test_ranges_cover_what_was_read_and_leave_out_quiet_partitions(moves: dict[int, tuple[int, int]]) -> None:
+    before = {p: at for p, (at, _) in moves.items()}
+    after = {p: at + more for p, (at, more) in moves.items()}
+    found = ranges(before, after)
+    assert {p: (first, end) for p, first, end in found} == {p: (before[p], after[p]) for p in moves if moves[p][1]}
