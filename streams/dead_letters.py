@@ -68,12 +68,9 @@ class Original:
 
     @classmethod
     def of(cls, message: Any) -> Original:
-        """Of a Faust message (timestamp in seconds) or a kafka-python ConsumerRecord (milliseconds)."""
-        timestamp = message.timestamp
-        millis = int(timestamp * 1000) if isinstance(timestamp, float) else int(timestamp or 0)
-        headers = message.headers or ()
-        pairs = headers.items() if isinstance(headers, dict) else headers
-        return cls(message.topic, message.partition, message.offset, millis, message.key, message.value, tuple(pairs))
+        """Of a ConsumerRecord, aiokafka's or kafka-python's."""
+        timestamp, pairs = message.timestamp or 0, tuple(message.headers or ())
+        return cls(message.topic, message.partition, message.offset, timestamp, message.key, message.value, pairs)
 
 
 def reason_of(error: Exception) -> str:

@@ -2,8 +2,7 @@
 
 Faust commits past a message in flight when messages are acknowledged out of order (its ``_new_offset`` takes an
 acknowledged offset right after the committed one for contiguous, and any offset when nothing was committed yet).
-So agents run ``noack`` and every partition's offsets go through ``OrderedAcks``, which only ever acknowledges the
-next one.
+So every partition's offsets go through ``OrderedAcks``, which only ever lets the next one be committed.
 """
 
 from __future__ import annotations
@@ -57,8 +56,12 @@ def make_app(kafka: KafkaSettings, role: str) -> Any:
         # Requests stay unacknowledged for their whole window on purpose; that is no livelock.
         broker_commit_livelock_soft_timeout=7 * 86400.0,
         consumer_auto_offset_reset="earliest",
+        # So many at a time are worked on before the loop looks at anything else.
+        broker_max_poll_records=1000,
         consumer_max_fetch_size=max(2**20, kafka.max_record_bytes + BATCH_OVERHEAD_BYTES),
         producer_max_request_size=MAX_REQUEST_BYTES,
+        # A batch a partition, compressed as a whole; a record that is larger makes a batch of its own.
+        producer_max_batch_size=512 * 1024,
         producer_compression_type=None if kafka.compression == "none" else kafka.compression,
         producer_acks=-1,
         producer_linger=0.005,
@@ -101,34 +104,47 @@ def raw_topic(app: Any, kafka: KafkaSettings, *names: str) -> Any:
 
 
 class OrderedAcks:
-    """The unacknowledged messages of one partition; acknowledges the done prefix, in offset order."""
+    """The unacknowledged offsets of one partition; what may be committed is the end of the done prefix."""
+
+    __slots__ = ("_done", "_offsets", "_revoked", "committable")
 
     def __init__(self) -> None:
-        self._events: deque[tuple[int, Any]] = deque()
+        self._offsets: deque[int] = deque()
         self._done: set[int] = set()
+        self._revoked = False
+        self.committable: int | None = None
+        """Next offset to read after a restart; None while nothing is done."""
 
     def __len__(self) -> int:
-        return len(self._events)
+        return len(self._offsets)
 
-    def add(self, event: Any) -> bool:
-        """Take charge of an event. False when its offset is at or below one already taken (redelivered)."""
-        offset = event.message.offset
-        if self._events and offset <= self._events[-1][0]:
+    def add(self, offset: int) -> bool:
+        """Take charge of a record. False when its offset is at or below one already taken (redelivered)."""
+        newest = self._offsets[-1] if self._offsets else (self.committable or 0) - 1
+        if self._revoked or offset <= newest:
             return False
-        self._events.append((offset, event))
+        self._offsets.append(offset)
         return True
 
     def done(self, offset: int) -> None:
-        """Everything that the message at ``offset`` asked for is durable."""
-        self._done.add(offset)
-        while self._events and self._events[0][0] in self._done:
-            first, event = self._events.popleft()
-            self._done.discard(first)
-            event.ack()
+        """Everything that the record at ``offset`` asked for is durable."""
+        if self._revoked:
+            return
+        offsets, done = self._offsets, self._done
+        if offset != offsets[0]:
+            done.add(offset)
+            return
+        offsets.popleft()
+        while offsets and offsets[0] in done:
+            offset = offsets.popleft()
+            done.discard(offset)
+        self.committable = offset + 1
 
     def revoke(self) -> None:
         """The partition is gone: what is left is for its next owner to read again."""
-        self._events.clear()
+        self._revoked = True
+        self._offsets.clear()
+        self._done.clear()
 
 
 class Publisher:
@@ -142,7 +158,6 @@ class Publisher:
         self._app = app
         self._kafka = kafka
         self._on_failure = on_failure
-        self._topics: dict[str, Any] = {}
         self._pending: set[Any] = set()
 
     async def send(
@@ -170,10 +185,9 @@ class Publisher:
         then: Callable[[], None] | None,
         partition: int | None,
     ) -> None:
-        channel = self._topics.get(topic)
-        if channel is None:
-            channel = self._topics[topic] = raw_topic(self._app, self._kafka, topic)
-        future = await channel.send(key=key, value=value, headers=list(headers), partition=partition)
+        name = full_name(self._kafka, topic)
+        # The producer itself: a Faust topic would put a future message and its callbacks in between.
+        future = await self._app.producer.send(name, key, value, partition, None, list(headers))
         self._pending.add(future)
 
         def acknowledged(result: asyncio.Future[Any]) -> None:

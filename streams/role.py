@@ -7,8 +7,10 @@ log, since Faust then reads every partition, kept ones too, from its committed o
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import structlog
@@ -19,6 +21,7 @@ from kafka.errors import KafkaError
 from streams import metrics
 from streams.dead_letters import Guard, Halted, Original, Refused
 from streams.faust_app import REFUSALS, OrderedAcks, Publisher, make_app, raw_topic
+from streams.intake import subscribe
 from streams.liveness import GroupWatch
 from streams.log_view import Handler, LogView
 from streams.settings import Settings
@@ -28,6 +31,8 @@ log = structlog.get_logger()
 
 WATCH = 5.0
 """Seconds between two looks at what the broker says of this consumer."""
+FLUSH = 10.0
+"""Seconds that a stop waits for a broker that does not take what was sent."""
 TICK = 0.1
 """Seconds between looks at idle partitions and finished warm-ups."""
 
@@ -40,8 +45,16 @@ class PartitionState:
         self.acks = {source: OrderedAcks() for source in names}
         self.next_offset: dict[str, int] = {}
         self.last_arrival: dict[str, float] = dict.fromkeys(names, now)
+        self.paused: str | None = None
+        """The source that is not read at present, for want of memory."""
+        # What the owner before committed with its offsets, by source.
+        self.metadata: dict[str, str] = {}
         # One coroutine at a time works on a partition.
         self.lock = asyncio.Lock()
+
+    def to_commit(self) -> str:
+        """What the next owner is to know beside the offsets."""
+        return ""
 
     def revoke(self) -> None:
         """Another worker, or another generation of this one, owns the partition now."""
@@ -90,9 +103,7 @@ class Role(Generic[P]):
         health.beat(name)
         self._ticked = clock()
         self._busy_since: float | None = None
-        self.app.agent(raw_topic(self.app, settings.kafka, *sources), name=name)(self._agent)
-        self.app.on_partitions_revoked.connect(self._revoked, weak=False)
-        self.app.on_partitions_assigned.connect(self._assigned, weak=False)
+        subscribe(self.app, raw_topic(self.app, settings.kafka, *sources), self)
 
     own_state: tuple[str, ...] = ()
     """State topics that only this role writes: once they are read, what comes on them is known here already."""
@@ -118,13 +129,19 @@ class Role(Generic[P]):
         """One record. Raises one of ``REFUSALS`` for a record that belongs in the dead letters."""
         raise NotImplementedError
 
+    async def taken(self, number: int, partition: P, source: str, newest_kafka_ms: int) -> None:
+        """All records of a batch were taken: the moment for what is better done once than for each."""
+
     async def advance(self, number: int, partition: P, now: float, idle: set[str]) -> None:
         """Time has passed. ``idle``: sources at their end, and since when quiet is in ``partition.last_arrival``."""
         raise NotImplementedError
 
+    async def advanced(self, now: float) -> None:
+        """``advance`` was called for every partition."""
+
     def check_time(self, ts: int, message: Any) -> None:
         """Refuse an event from the future: one such event would move the watermark past everything."""
-        ahead, allowed = ts / 1000 - message.timestamp, self.settings.labels.max_ahead_seconds
+        ahead, allowed = (ts - message.timestamp) / 1000, self.settings.labels.max_ahead_seconds
         if ahead > allowed:
             raise Refused(
                 "future", f"ts: {ts} is {ahead:.0f} s ahead of its Kafka timestamp, {allowed:.0f} s are allowed"
@@ -164,6 +181,9 @@ class Role(Generic[P]):
         for partition in self.partitions.values():
             async with partition.lock:
                 partition.revoke()
+        # What was sent is in the log before another worker reads it back.
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.app.producer.flush(), FLUSH)
         await self.app.stop()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
@@ -180,21 +200,70 @@ class Role(Generic[P]):
         task.add_done_callback(finished)
         return task
 
-    def _revoked(self, *_: Any, **__: Any) -> None:
+    # --- what the intake calls ----------------------------------------------------------------------------------
+
+    def revoked(self) -> None:
         for partition in self.partitions.values():
             partition.revoke()
         self.partitions = {}
         self._forget_state()
 
-    def _assigned(self, _app: Any, assigned: Iterable[Any], **__: Any) -> None:
-        self._revoked()
+    def begin(self, committed: Mapping[TP, str]) -> None:
+        self.revoked()
         now = self.clock()
-        numbers = sorted({tp.partition for tp in assigned if tp.topic in self._sources})
+        numbers = sorted({tp.partition for tp in committed})
         self.guard = Guard(self.settings.dead_letters)  # what was not acknowledged is counted anew
         self.partitions = {number: self.new_partition(now) for number in numbers}
+        for tp, metadata in committed.items():
+            self.partitions[tp.partition].metadata[self._sources[tp.topic]] = metadata
         self.assigned(numbers)
         if handlers := self.state_handlers():
             self.spawn(self._follow_state(handlers, numbers))
+
+    def committable(self, tp: TP) -> tuple[int, str] | None:
+        partition = self.partitions.get(tp.partition)
+        if partition is None:
+            return None
+        offset = partition.acks[self._sources[tp.topic]].committable
+        return None if offset is None else (offset, partition.to_commit())
+
+    async def received(self, tp: TP, records: Sequence[Any]) -> None:
+        partition = self.partitions.get(tp.partition)
+        if partition is None or self.halted:
+            return  # halted: what is not taken stays in the log, and polling goes on or the group would let us go
+        source = self._sources[tp.topic]
+        self.at_work()
+        try:
+            await self._take_all(tp.partition, partition, source, records)
+            await self.taken(tp.partition, partition, source, records[-1].timestamp)
+        except Halted as why:
+            self.halt(why)
+        except Exception as error:
+            self._on_failure(error)
+            raise
+        self._busy_since = None
+
+    def at_work(self) -> None:
+        """A step of a batch is done: a long batch is no standstill."""
+        self._busy_since = self.clock()
+
+    async def _take_all(self, number: int, partition: P, source: str, records: Sequence[Any]) -> None:
+        acks, taken = partition.acks[source], 0
+        partition.last_arrival[source] = self.clock()
+        for message in records:
+            if not acks.add(message.offset):
+                continue
+            try:
+                await self.take(number, partition, source, message)
+                taken += 1
+            except REFUSALS as error:
+                await self.refuse(Original.of(message), error, partial(acks.done, message.offset))
+            else:
+                if self.judges_on_arrival:
+                    self.guard.accepted(message.topic, number)
+            partition.next_offset[source] = message.offset + 1
+            self.at_work()
+        metrics.EVENTS.labels(source).inc(taken)
 
     def _forget_state(self) -> None:
         self.state_ready = False
@@ -218,40 +287,6 @@ class Role(Generic[P]):
         self._state = state
         await state.follow(known)
 
-    async def _agent(self, stream: Any) -> None:
-        async for event in stream.noack().events():
-            self._busy_since = self.clock()
-            try:
-                await self._on_event(event)
-            except Halted as why:
-                self.halt(why)
-            except Exception as error:
-                self._on_failure(error)
-                raise
-            self._busy_since = None
-            if self.halted:
-                await asyncio.Event().wait()  # until the app stops: what is not taken stays in the log
-
-    async def _on_event(self, event: Any) -> None:
-        message = event.message
-        partition = self.partitions.get(message.partition)
-        source = self._sources[message.topic]
-        if partition is None or not partition.acks[source].add(event):
-            return
-        partition.next_offset[source] = message.offset + 1
-        partition.last_arrival[source] = self.clock()
-        try:
-            await self.take(message.partition, partition, source, message)
-            metrics.EVENTS.labels(source).inc()
-        except REFUSALS as error:
-            acks, offset = partition.acks[source], message.offset
-            await self.refuse(Original.of(message), error, lambda: acks.done(offset))
-        else:
-            if self.judges_on_arrival:
-                self.guard.accepted(message.topic, message.partition)
-        # Events wait for their window unacknowledged; their bytes need not.
-        message.value = event.value = None
-
     async def _tick_forever(self) -> None:
         while not self._stopped:
             await asyncio.sleep(TICK)
@@ -271,10 +306,15 @@ class Role(Generic[P]):
                 if behind is None:
                     continue
                 metrics.CONSUMER_LAG.labels(topic, str(number)).set(behind)
+                if source == partition.paused:
+                    partition.last_arrival[source] = now  # not asked, so neither starved nor at its end
+                    continue
                 if behind == 0:
                     idle.add(source)
             if not self.halted:
                 await self.advance(number, partition, now, idle)
+        if not self.halted:
+            await self.advanced(now)
         self._ticked = now
 
     async def _watch_forever(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 
 NEVER = -1
@@ -32,6 +33,14 @@ class Watermark:
         """The source is at its end and has been quiet for the idle timeout."""
         self._idle.add(source)
 
+    def newest(self, source: str) -> int:
+        """Largest event time read from the source; NEVER before the first."""
+        return self._newest[source]
+
+    def is_idle(self, source: str) -> bool:
+        """Whether the source does not count at present."""
+        return source in self._idle
+
     @property
     def event_time(self) -> int:
         """The newest value that events alone gave; NEVER before the first."""
@@ -45,4 +54,21 @@ class Watermark:
             return END
         if min(active) != NEVER:
             self._value = max(self._value, min(active) - self._lateness)
+        return self._value
+
+
+class Delayed:
+    """The value that something monotone had a while of wall time ago."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._past: deque[tuple[float, int]] = deque()
+        self._value = NEVER
+
+    def at(self, now: float, value: int) -> int:
+        """Note ``value`` at wall time ``now`` (seconds) and tell what it was; NEVER before that is known."""
+        if not self._past or value > self._past[-1][1]:
+            self._past.append((now, value))
+        while self._past and self._past[0][0] <= now - self._seconds:
+            self._value = self._past.popleft()[1]
         return self._value

@@ -16,6 +16,7 @@ import numpy as np
 import structlog
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from gpl.artefacts import Artefacts
 from gpl.catalogue import Catalogue
@@ -192,6 +193,7 @@ def run(settings: Settings, role: RoleName) -> None:
     """Run a worker until SIGTERM or SIGINT. Raises what made it fail."""
     # Requests are small matrices: more threads would only fight over the cores with the other roles.
     torch.set_num_threads(1)
+    threadpool_limits(1)
     # The event loop shares the interpreter with the clients' network threads and the generator; at the default of
     # 5 ms every send that lets go of the lock may wait that long to get it back.
     sys.setswitchinterval(0.0005)

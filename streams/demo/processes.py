@@ -41,15 +41,18 @@ class Samples:
 
 
 class Part:
-    """``python -m streams.cli ARGUMENTS`` with the configuration of GPL_CONFIG, on a metrics port of its own."""
+    """``python -m streams.cli ARGUMENTS`` with the configuration of GPL_CONFIG, on a metrics port of its own.
 
-    def __init__(self, name: str, arguments: list[str], log: Path) -> None:
+    ``prefix``: a command that runs it, such as taskset with its arguments.
+    """
+
+    def __init__(self, name: str, arguments: list[str], log: Path, prefix: Sequence[str] = ()) -> None:
         self.name = name
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         (self._port,) = free_ports(1)
         # env(1) sets what differs between the parts; all else is in the file.
-        command = ["env", f"GPL_METRICS__PORT={self._port}", sys.executable, "-m", "streams.cli", *arguments]
+        command = [*prefix, "env", f"GPL_METRICS__PORT={self._port}", sys.executable, "-m", "streams.cli", *arguments]
         self._child = Child(command, Path.cwd(), log, detached=False)
 
     @property

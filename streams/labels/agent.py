@@ -7,75 +7,38 @@ reads again all that is open or correctable, and ``published`` tells which of th
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from faust.types import TP
+
 from streams import metrics
-from streams.contracts import Cause, Feedback, Recall, UserAnchors, decode, encode
-from streams.dead_letters import Original
-from streams.kafka import RecordTooLargeError
+from streams.contracts import Cause, Feedback, Label, Recall, UserAnchors, decode, encode
+from streams.dead_letters import Original, Refused
+from streams.kafka import RecordTooLargeError, check_size
 from streams.labels import published
-from streams.labels.joiner import Joined, Joiner, Source
-from streams.labels.record import AnchorSet, Lookup, Versions, anchor_set, corrected, digest, make_label
+from streams.labels.backpressure import Backpressure
+from streams.labels.joiner import Joined, Source
+from streams.labels.partition import CLOCK_SKEW_MS, SOURCES, Partition
+from streams.labels.record import AnchorSet, Lookup, Versions, anchor_set, corrected, digest_of, make_label
+from streams.labels.store import open_store
 from streams.log_view import Handler
-from streams.role import PartitionState, Role
-from streams.settings import LabelSettings, Settings
+from streams.role import Role
+from streams.settings import Settings
 from streams.topics import full_name
 from streams.views import AnchorsView, CalibrationView, labeller_config
-from streams.watermark import NEVER, Watermark
+from streams.watermark import NEVER
 
-SOURCES = ("recalls", "feedback")
 RECALL: Cause = "recall"
 FEEDBACK: Cause = "feedback"
 FORGET_EVERY = 60.0
 """Seconds between looks for anchors that nothing can ask for any more."""
-CLOCK_SKEW_MS = 60_000
-"""Producers' clocks are taken to agree within this."""
-
-
-class Partition(PartitionState):
-    """The state of one partition of recalls and feedback."""
-
-    def __init__(self, labels: LabelSettings, now: float) -> None:
-        super().__init__(SOURCES, now)
-        self.joiner = Joiner(int(labels.window_seconds * 1000), int(labels.retention_seconds * 1000))
-        self.watermark = Watermark(SOURCES, int(labels.allowed_lateness_seconds * 1000))
-        # None until the labels already in the log have been read back.
-        self.published: dict[str, tuple[int, bytes]] | None = None
-        self.reading_back = False
-        self.first_recall_ms: int | None = None
-        # Recalls so large that their label may be over the cap.
-        self.large: dict[str, Original] = {}
-        # Closed requests that something changed, and what.
-        self.touched: dict[str, Cause] = {}
-        self._sent = 0
-        self._outstanding: dict[int, None] = {}
-        self._held: list[tuple[int, str, list[int]]] = []
-
-    def sending(self) -> Callable[[], None]:
-        """Note a label on its way; call the result once it is durable."""
-        self._sent += 1
-        number = self._sent
-        self._outstanding[number] = None
-
-        def confirmed() -> None:
-            del self._outstanding[number]
-            self._let_go()
-
-        return confirmed
-
-    def release(self, source: str, offsets: list[int]) -> None:
-        """Acknowledge offsets as soon as every label sent before now is durable."""
-        if offsets:
-            self._held.append((self._sent, source, offsets))
-            self._let_go()
-
-    def _let_go(self) -> None:
-        oldest = next(iter(self._outstanding), self._sent + 1)
-        while self._held and self._held[0][0] < oldest:
-            _, source, offsets = self._held.pop(0)
-            for offset in offsets:
-                self.acks[source].done(offset)
+SLICE = 0.02
+"""Seconds of labelling after which the event loop runs what else is due: sending, commits, the tick."""
+CLOSE_AT_ONCE = 64
+"""Requests closed at a time; each carries its candidates."""
 
 
 class LabelsRole(Role[Partition]):
@@ -108,17 +71,29 @@ class LabelsRole(Role[Partition]):
         self._anchors: AnchorsView[AnchorSet] = AnchorsView(self._prepare)
         self._anchors_forgotten = 0.0
         self._anchors_kept_ms = int((labels.window_seconds + labels.retention_seconds + 86_400) * 1000)
+        self._store = open_store(labels)
+        self._backpressure = Backpressure(labels, self._pause, self._read_on)
+        self._stages = dict.fromkeys(("decode", "join", "lookup", "match", "encode", "produce"), 0.0)
+        self._slice_began = 0.0
         self.calibrations = CalibrationView(self._calibration_changed)
         """To be fed with the ``calibrations`` topic by whoever follows it for this process."""
 
     def new_partition(self, now: float) -> Partition:
-        return Partition(self._labels, now)
+        return Partition(self._labels, self._store, now)
 
     def assigned(self, numbers: list[int]) -> None:
+        # Every partition begins anew from its committed offsets.
+        self._store.clear()
+        for partition in self.partitions.values():
+            partition.resume()
         self._anchors = AnchorsView(self._prepare, self._anchors_changed)
 
     def state_handlers(self) -> dict[str, Handler]:
         return {"user-anchors": self._anchors}
+
+    async def stop(self) -> None:
+        await super().stop()
+        self._store.close()
 
     def ready(self) -> bool:
         return self._catalogue_ready() and self.state_ready
@@ -129,26 +104,47 @@ class LabelsRole(Role[Partition]):
     # --- what comes in ------------------------------------------------------------------------------------------
 
     async def take(self, number: int, partition: Partition, source: str, message: Any) -> None:
-        kafka_ms = int(message.timestamp * 1000)
-        where = Source(message.offset, kafka_ms)
+        began = time.perf_counter()
+        value, where = message.value or b"", Source(message.offset, message.timestamp)
+        joiner = partition.joiner
         if source == "recalls":
             if partition.first_recall_ms is None:
-                partition.first_recall_ms = kafka_ms
-            recall = decode(Recall, message.value or b"")
+                partition.first_recall_ms = message.timestamp
+            recall = decode(Recall, value)
+            decoded = time.perf_counter()
             self.check_time(recall.ts, message)
+            partition.watermark.observe(source, recall.ts)
+            if joiner.is_over(recall.ts):
+                partition.over.append((recall.request_id, Original.of(message)))
+                return
             # A label adds some 40 bytes a candidate to its recall. Only where that comes near the cap may the
             # original bytes be needed again, for a dead letter.
-            if len(message.value) + 40 * len(recall.candidates) > self.settings.kafka.max_record_bytes // 2:
+            if len(value) + 40 * len(recall.candidates) > self.settings.kafka.max_record_bytes // 2:
                 partition.large[recall.request_id] = Original.of(message)
-            late, cause = partition.joiner.add_recall(recall, where), RECALL
-            partition.watermark.observe(source, recall.ts)
+            late, cause = joiner.add_recall(recall, where, value), RECALL
         else:
-            feedback = decode(Feedback, message.value or b"")
+            feedback = decode(Feedback, value)
+            decoded = time.perf_counter()
             self.check_time(feedback.ts, message)
-            late, cause = partition.joiner.add_feedback(feedback, where), FEEDBACK
+            late, cause = joiner.add_feedback(feedback, where), FEEDBACK
             partition.watermark.observe(source, feedback.ts)
-        partition.touched.update(dict.fromkeys(late, cause))
-        await self._settle(number, partition, kafka_ms)
+        if late:
+            partition.touched.update(dict.fromkeys(late, cause))
+        self._stages["decode"] += decoded - began
+        self._stages["join"] += time.perf_counter() - decoded
+
+    async def taken(self, number: int, partition: Partition, source: str, newest_kafka_ms: int) -> None:
+        partition.read_to_ms[source] = newest_kafka_ms
+        over = self._backpressure.apply(self.partitions)
+        while over and not self.ready() and self._owns(number, partition):
+            await asyncio.sleep(0.05)  # nothing can close yet, so nothing more is read
+        await self._settle(number, partition, newest_kafka_ms)
+
+    def _pause(self, number: int, source: str) -> None:
+        self.app.consumer.pause_partitions({TP(full_name(self.settings.kafka, source), number)})
+
+    def _read_on(self, number: int, source: str) -> None:
+        self.app.consumer.resume_partitions({TP(full_name(self.settings.kafka, source), number)})
 
     def _anchors_changed(self, number: int, anchors: UserAnchors) -> None:
         partition = self.partitions.get(number)
@@ -162,12 +158,20 @@ class LabelsRole(Role[Partition]):
                 partition.touched.setdefault(request_id, "calibration")
 
     async def advance(self, number: int, partition: Partition, now: float, idle: set[str]) -> None:
+        partition.reached_end |= idle
         for source in idle:
             if now - partition.last_arrival[source] >= self._idle_timeout:
                 partition.watermark.idle(source)
+        if partition.lock.locked():
+            return  # the intake is at it, and the tick has other partitions to look at
         await self._settle(number, partition, int(now * 1000))
+
+    async def advanced(self, now: float) -> None:
         self._forget_anchors(now)
-        metrics.OPEN_REQUESTS.set(sum(len(p.joiner) for p in self.partitions.values()))
+        self._backpressure.apply(self.partitions)
+        for stage, seconds in self._stages.items():
+            metrics.LABEL_STAGE_SECONDS.labels(stage).inc(seconds)
+            self._stages[stage] = 0.0
 
     def _forget_anchors(self, now: float) -> None:
         """Let go of anchors that only recalls later than all retention and a day could ask for."""
@@ -181,36 +185,59 @@ class LabelsRole(Role[Partition]):
     # --- what goes out ------------------------------------------------------------------------------------------
 
     async def _settle(self, number: int, partition: Partition, trigger_ms: int) -> None:
-        """Label what is due, correct what was touched, release what is past."""
+        """Label what is due, correct what was touched, release what is over."""
         if not self.ready():
             return
-        if partition.published is None and partition.joiner.retained:
-            self._read_back(number, partition)
+        if partition.published is None:
+            if partition.joiner.retained or partition.over:
+                self._read_back(number, partition)
             return
         async with partition.lock:
-            if self.partitions.get(number) is not partition:
-                return
-            joiner = partition.joiner
-            due: dict[str, tuple[Joined, Cause | None]] = {
-                joined.recall.request_id: (joined, None) for joined in joiner.close(partition.watermark.value())
-            }
+            self._slice_began = time.monotonic()
+            joiner, full = partition.joiner, True
+            while full and self._owns(number, partition):
+                began = time.perf_counter()
+                due = joiner.close(partition.watermark.value(), CLOSE_AT_ONCE)
+                self._stages["join"] += time.perf_counter() - began
+                full = len(due) == CLOSE_AT_ONCE
+                self.at_work()
+                for joined in due:
+                    await self._publish(number, partition, joined, None, trigger_ms)
+            await self._refuse_late(partition)
+            repeating = partition.repeats()
             touched, partition.touched = partition.touched, {}
             for request_id, cause in touched.items():
-                due.setdefault(request_id, (joiner.rejoin(request_id), cause))
-            for joined, why in due.values():
-                await self._publish(number, partition, joined, why, trigger_ms)
-            self._forget(partition)
+                await self._publish(number, partition, joiner.rejoin(request_id), cause, trigger_ms)
+            if not repeating and self._owns(number, partition):
+                self._forget(partition)
+
+    def _owns(self, number: int, partition: Partition) -> bool:
+        return not self._stopped and self.partitions.get(number) is partition
+
+    async def _refuse_late(self, partition: Partition) -> None:
+        """Recalls that came when all was over: to the dead letters, unless their labels are there."""
+        late, partition.over = partition.over, []
+        for request_id, original in late:
+            assert partition.published is not None
+            done = partial(partition.acks["recalls"].done, original.offset)
+            if request_id in partition.published.labels:
+                metrics.DUPLICATES.labels("recalls").inc()
+                done()
+                continue
+            metrics.LATE_RECALLS.inc()
+            error = Refused("late", f"ts: window and retention were over at {partition.joiner.horizon}")
+            await self.refuse(original, error, done)
 
     def _forget(self, partition: Partition) -> None:
         joiner = partition.joiner
-        forgotten, released = joiner.forget(partition.watermark.event_time)
+        forgotten, released = joiner.forget(partition.over_at.at(self.clock(), partition.watermark.event_time))
         for request_id in forgotten:
             if partition.published is not None:
-                partition.published.pop(request_id, None)
+                partition.published.labels.pop(request_id, None)
             partition.large.pop(request_id, None)
+            partition.too_large.discard(request_id)
             partition.touched.pop(request_id, None)
-        partition.release("recalls", released.recalls)
-        partition.release("feedback", released.feedback)
+        partition.release(released)
         metrics.DUPLICATES.labels("recalls").inc(joiner.duplicate_recalls)
         metrics.DUPLICATES.labels("feedback").inc(joiner.duplicate_feedback)
         metrics.LATE_FEEDBACK.inc(joiner.late)
@@ -225,52 +252,77 @@ class LabelsRole(Role[Partition]):
         since = max(0, (partition.first_recall_ms or 0) - CLOCK_SKEW_MS)
 
         async def read() -> None:
-            partition.published = await asyncio.to_thread(published.read_back, self.settings.kafka, number, since)
+            kafka = self.settings.kafka
+            partition.published = await asyncio.to_thread(published.read_back, kafka, number, since, SOURCES)
 
         self.spawn(read())
 
     async def _publish(
         self, number: int, partition: Partition, joined: Joined, cause: Cause | None, trigger_ms: int
     ) -> None:
-        recall = joined.recall
+        recall, said = joined.recall, partition.published
+        assert said is not None
         anchors = self._anchors.at(recall.user_id, recall.ts)
         calibration = self.calibrations.at(recall.ts)
-        label = make_label(joined, number, anchors, calibration, self._lookup, self._versions)
-        mark = digest(label)
-        assert partition.published is not None
-        before = partition.published.get(recall.request_id)
+        label = make_label(joined, number, anchors, calibration, self._lookup, self._versions, self._stages)
+        began = time.perf_counter()
+        value = encode(label)
+        mark = digest_of(value)
+        before = said.labels.get(recall.request_id)
         if before is not None:
             if before[1] == mark:
+                partition.differing.pop(recall.request_id, None)
+                return
+            if partition.repeats():
+                # What made the label what it is may not have been read again yet.
+                partition.differing[recall.request_id] = cause or "restart"
                 return
             label = corrected(label, before[0] + 1, cause or "restart")
-        partition.published[recall.request_id] = (label.revision, mark)
-        headers = [
-            (published.REQUEST_ID, recall.request_id.encode()),
-            (published.REVISION, str(label.revision).encode()),
-            (published.DIGEST, mark),
-            (published.CLOSED_AT, str(trigger_ms).encode()),
-            (published.NEWEST_AT, str(joined.newest_kafka_ms).encode()),
-        ]
+            value = encode(label)
+        encoded = time.perf_counter()
+        self._stages["encode"] += encoded - began
+        key = recall.user_id.encode()
+        try:
+            check_size(self.settings.kafka, full_name(self.settings.kafka, "labels"), key, value)
+        except RecordTooLargeError as error:
+            await self._too_large(number, partition, joined, error)
+            return
+        # Between here and the send there is no await: a partition that is gone gets nothing from this worker.
+        if not self._owns(number, partition):
+            return
+        said.labels[recall.request_id] = (label.revision, mark)
         confirmed = partition.sending()
 
         def durable() -> None:
             metrics.LABEL_DELAY.observe(max(0.0, self.clock() - trigger_ms / 1000))
             confirmed()
 
-        key = recall.user_id.encode()
-        try:
-            await self.publisher.send("labels", key, encode(label), headers, durable, partition=number)
-        except RecordTooLargeError as error:
-            topic = full_name(self.settings.kafka, "recalls")
-            rebuilt = Original(topic, number, joined.recall_offset, joined.newest_kafka_ms, key, encode(recall))
-            await self.refuse(partition.large.get(recall.request_id, rebuilt), error, confirmed)
+        headers = published.headers(label, mark, trigger_ms, joined.newest_kafka_ms)
+        await self.publisher.send("labels", key, value, headers, durable, partition=number)
+        self._count(label, before is not None, cause, anchors)
+        self._stages["produce"] += time.perf_counter() - encoded
+        if time.monotonic() - self._slice_began > SLICE:
+            await asyncio.sleep(0)
+            self._slice_began = time.monotonic()
+
+    async def _too_large(self, number: int, partition: Partition, joined: Joined, error: RecordTooLargeError) -> None:
+        """The recall of a label over the cap to the dead letters, once."""
+        recall = joined.recall
+        if recall.request_id in partition.too_large:
             return
-        if before is None:
-            metrics.REQUESTS_CLOSED.labels(label.outcome).inc()
-        else:
+        partition.too_large.add(recall.request_id)
+        topic, key = full_name(self.settings.kafka, "recalls"), recall.user_id.encode()
+        rebuilt = Original(topic, number, joined.recall_offset, joined.newest_kafka_ms, key, encode(recall))
+        await self.refuse(partition.large.get(recall.request_id, rebuilt), error, partition.sending())
+
+    @staticmethod
+    def _count(label: Label, correction: bool, cause: Cause | None, anchors: AnchorSet | None) -> None:
+        if correction:
             metrics.CORRECTIONS.labels(cause or "restart").inc()
+        else:
+            metrics.REQUESTS_CLOSED.labels(label.outcome).inc()
         if anchors is not None:
-            metrics.ANCHOR_AGE.observe((recall.ts - anchors.ts) / 1000)
+            metrics.ANCHOR_AGE.observe((label.ts - anchors.ts) / 1000)
         metrics.LABELS.labels("exposed").inc(len(label.exposed.item))
         metrics.LABELS.labels("unexposed").inc(len(label.unexposed.item))
         metrics.UNKNOWN_CANDIDATES.inc(label.provenance.unknown)

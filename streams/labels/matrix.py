@@ -26,14 +26,32 @@ class RecalledVectors:
         self._matrix = Catalogue(dim, levels)
         # The matrix is asked for vectors only, codes do not matter here.
         self._no_sid = [0] * levels
+        self._gathered = np.empty((0, dim), np.float32)
 
     def lookup(self, ids: list[str]) -> tuple[list[str], NDArray[np.float32]]:
-        """The known ones among ``ids``, in order, and their unit vectors (n known, dim)."""
-        missing = [item for item in ids if item not in self._matrix and item in self._known]
-        if missing:
-            for item, vector in self._index.retrieve(missing).items():
+        """The known ones among ``ids``, in order, and their unit vectors (n known, dim).
+
+        The vectors are good until the next call: they are gathered into the same memory every time, since fresh
+        megabytes for each request cost as much as filling them.
+        """
+        rows = self._matrix.rows(ids)
+        if len(rows) and rows.min() < 0:
+            self._fetch([ids[i] for i in np.flatnonzero(rows < 0).tolist()])
+            rows = self._matrix.rows(ids)
+            if rows.min() < 0:
+                found = rows >= 0
+                ids, rows = [ids[i] for i in np.flatnonzero(found).tolist()], rows[found]
+        if len(rows) > len(self._gathered):
+            self._gathered = np.empty((2 * len(rows), self._matrix.dim), np.float32)
+        # "clip" lets numpy write into the buffer directly; no row is out of range.
+        vectors = np.take(self._matrix.vectors, rows, axis=0, out=self._gathered[: len(rows)], mode="clip")
+        return ids, vectors
+
+    def _fetch(self, missing: list[str]) -> None:
+        wanted = [item for item in missing if item in self._known]
+        if wanted:
+            for item, vector in self._index.retrieve(wanted).items():
                 self._matrix.put(item, vector, self._no_sid)
-        return self._matrix.lookup(ids)
 
     def changed(self, item_id: str, item: ItemVector | None) -> None:
         """An item was added, replaced or removed (None): the row, if there is one, follows."""

@@ -7,10 +7,13 @@ twice and a changed one gets the next revision. The headers carry all that is ne
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from kafka import TopicPartition
 
+from streams.contracts import Label
 from streams.kafka import consumer
 from streams.settings import KafkaSettings
 from streams.topics import full_name
@@ -22,35 +25,68 @@ CLOSED_AT = "gpl-closed-at"
 NEWEST_AT = "gpl-newest-at"
 
 
-def read_back(kafka: KafkaSettings, partition: int, since_kafka_ms: int) -> dict[str, tuple[int, bytes]]:
-    """request_id -> (highest revision, its digest) of the labels appended to a partition since a Kafka time.
+def headers(label: Label, digest: bytes, closed_at_ms: int, newest_at_ms: int) -> list[tuple[str, bytes]]:
+    """The headers of a label record. ``closed_at_ms``: Kafka time of the record that closed the request, or wall time
+    when it was the idle timeout; ``newest_at_ms``: Kafka time of the newest record that the label is made of."""
+    return [
+        (REQUEST_ID, label.request_id.encode()),
+        (REVISION, str(label.revision).encode()),
+        (DIGEST, digest),
+        (CLOSED_AT, str(closed_at_ms).encode()),
+        (NEWEST_AT, str(newest_at_ms).encode()),
+    ]
+
+
+@dataclass
+class Published:
+    """The labels of one partition that are in the log or on their way there.
+
+    ``labels``: request_id -> (highest revision, its digest); ``newest_ms``: Kafka time of the newest one read back, 0
+    when there was none; ``ends``: the next offset of each source topic when they were read back.
+    """
+
+    labels: dict[str, tuple[int, bytes]] = field(default_factory=dict)
+    newest_ms: int = 0
+    ends: dict[str, int] = field(default_factory=dict)
+
+    def keep(self, held: Container[str]) -> None:
+        """Forget all labels but those of requests that are held."""
+        self.labels = {request_id: said for request_id, said in self.labels.items() if request_id in held}
+
+    def note(self, record: Any) -> None:
+        """A label record (kafka-python's) that is in the log."""
+        headers = dict(record.headers)
+        self.newest_ms = max(self.newest_ms, record.timestamp)
+        if REQUEST_ID not in headers:
+            return
+        request_id = headers[REQUEST_ID].decode()
+        revision = int(headers[REVISION])
+        if request_id not in self.labels or self.labels[request_id][0] < revision:
+            self.labels[request_id] = (revision, headers[DIGEST])
+
+
+def read_back(kafka: KafkaSettings, partition: int, since_kafka_ms: int, sources: Iterable[str]) -> Published:
+    """The labels appended to a partition since a Kafka time.
 
     Blocks until the end of the partition as of now; run it in a thread. Raises kafka errors.
     """
-    published: dict[str, tuple[int, bytes]] = {}
+    published = Published()
     reader = consumer(kafka)
     try:
         tp = TopicPartition(full_name(kafka, "labels"), partition)
-        reader.assign([tp])
+        inputs = {source: TopicPartition(full_name(kafka, source), partition) for source in sources}
+        reader.assign([tp, *inputs.values()])  # or their offsets cannot be asked for
         start = reader.offsets_for_times({tp: since_kafka_ms})[tp]
-        end = reader.end_offsets([tp])[tp]
-        if start is None or start.offset >= end:
+        ends = reader.end_offsets([tp, *inputs.values()])
+        published.ends = {source: ends[of] for source, of in inputs.items()}
+        if start is None or start.offset >= ends[tp]:
             return published
+        reader.assign([tp])
         reader.seek(tp, start.offset)
-        while reader.position(tp) < end:
+        while reader.position(tp) < ends[tp]:
             for records in reader.poll(timeout_ms=500).values():
                 for record in records:
-                    _note(published, record)
+                    published.note(record)
     finally:
         reader.close()
     return published
-
-
-def _note(published: dict[str, tuple[int, bytes]], record: Any) -> None:
-    headers = dict(record.headers)
-    if REQUEST_ID not in headers:
-        return
-    request_id = headers[REQUEST_ID].decode()
-    revision = int(headers[REVISION])
-    if request_id not in published or published[request_id][0] < revision:
-        published[request_id] = (revision, headers[DIGEST])

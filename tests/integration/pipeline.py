@@ -31,7 +31,7 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-def wait_for(what: str, condition: Callable[[], T | None], timeout: float = 90.0) -> T:
+def wait_for(what: str, condition: Callable[[], T | None], timeout: float = 240.0) -> T:
     """The first true value of ``condition``; fails naming ``what`` when it stays false."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:

@@ -79,16 +79,6 @@ def test_a_record_of_somebody_else_is_no_letter():
     assert letter_of(SimpleNamespace(partition=0, offset=1, timestamp=0, key=None, value=b"", headers=[])) is None
 
 
-def test_a_faust_message_and_a_kafka_record_give_the_same_original():
-    shared = {"topic": "t", "partition": 1, "offset": 2, "key": b"k", "value": b"v"}
-    faust = SimpleNamespace(**shared, timestamp=1.5, headers={"a": b"1"})
-    plain = SimpleNamespace(**shared, timestamp=1500, headers=[("a", b"1")])
-    assert Original.of(faust) == Original.of(plain) == Original("t", 1, 2, 1500, b"k", b"v", (("a", b"1"),))
-
-
-# --- caps -----------------------------------------------------------------------------------------------------------
-
-
 def judge(guard: Guard, verdicts: list[tuple[int, bool]]) -> int | None:
     """Feed (partition, good) in order; the index of the record that halts, None when none does."""
     for n, (partition, good) in enumerate(verdicts):

@@ -1,0 +1,87 @@
+"""One worker of the labels role under load: its process, its counters, its memory and processor time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from streams.demo.processes import Part, Samples
+
+STAGES = ("fetch", "decode", "join", "lookup", "match", "encode", "produce")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A worker's totals since its start. ``cpu``: seconds of user and system time; ``rss``: bytes."""
+
+    closed: float
+    labels: float
+    events: float
+    cpu: float
+    rss: int
+    stages: dict[str, float]
+
+
+def start(name: str, directory: Path, cores: str | None) -> Part:
+    """A worker process on the given cores (taskset's list; None: all), its embedded index in a directory of its own."""
+    prefix = ["env", f"GPL_INDEX__PATH={directory / name / 'index'}"]
+    if cores is not None:
+        prefix += ["taskset", "-c", cores]
+    return Part(name, ["worker", "labels"], directory / f"{name}.log", prefix)
+
+
+def read(part: Part) -> Reading:
+    """What a worker says of itself now, and what the kernel says of it."""
+    said = part.metrics()
+    stages = {stage: said.total("gpl_label_stage_seconds_total", stage=stage) or 0.0 for stage in STAGES}
+    return Reading(
+        closed=said.total("gpl_requests_closed_total") or 0.0,
+        labels=said.total("gpl_labels_total", kind="unexposed") or 0.0,
+        events=_events(said),
+        cpu=_cpu_seconds(part.pid),
+        rss=_resident(part.pid),
+        stages=stages,
+    )
+
+
+def _events(said: Samples) -> float:
+    return sum(said.total("gpl_events_total", topic=topic) or 0.0 for topic in ("recalls", "feedback"))
+
+
+def stages_per_request(first: Sequence[Reading], last: Sequence[Reading]) -> dict[str, float]:
+    """Microseconds a request by stage, over all workers; "other" is processor time that no stage claims.
+
+    The stages of the event loop are wall time there; fetch is the processor time of the consumer's thread.
+    """
+    closed = max(1.0, _gain(first, last, "closed"))
+    stages = {
+        stage: sum(b.stages[stage] - a.stages[stage] for a, b in zip(first, last, strict=True)) / closed * 1e6
+        for stage in STAGES
+    }
+    cpu = _gain(first, last, "cpu") / closed * 1e6
+    return {**stages, "other": cpu - sum(stages.values()), "processor": cpu}
+
+
+def _gain(first: Sequence[Reading], last: Sequence[Reading], name: str) -> float:
+    return float(sum(getattr(b, name) - getattr(a, name) for a, b in zip(first, last, strict=True)))
+
+
+def rate(first: Sequence[Reading], last: Sequence[Reading], name: str, seconds: float) -> float:
+    """Gain a second of a total, over all workers."""
+    return _gain(first, last, name) / seconds
+
+
+def per_cpu_second(first: Sequence[Reading], last: Sequence[Reading]) -> float:
+    """Requests a second of processor time: what a core would do alone, whatever else the machine was doing."""
+    return _gain(first, last, "closed") / max(1e-9, _gain(first, last, "cpu"))
+
+
+def _cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _resident(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

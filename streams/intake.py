@@ -1,0 +1,201 @@
+"""Batches of raw records out of Faust's consumer, and offsets back into it: the one place that reaches inside Faust.
+
+Faust gives agents one event at a time, through conductor, channel, queue and stream, which costs some 100 us each: a
+core does 7 to 10 thousand a second. Here the consumer hands over what a fetch brought, a batch a partition, and takes
+the offsets to commit from whoever works on them. Faust keeps what it is good at: the group, rebalances, the consumer's
+own thread with its heartbeats, the committing task, the producer, the life of all these services.
+
+Three of its defects are worked around by the way:
+
+- ``_new_offset`` commits past a message in flight (a test shows it): ``Intake.committable`` decides instead;
+- a partition without a committed offset is not sought anywhere by ``perform_seek``: here to its beginning;
+- a commit carries no metadata: here it carries what the owner of the partition says (as Kafka Streams does with its
+  stream time), and the next owner is given it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import structlog
+from aiokafka.consumer.fetcher import OffsetResetStrategy
+from aiokafka.errors import IllegalStateError, KafkaError
+from aiokafka.structs import OffsetAndMetadata, TopicPartition
+from faust.transport.drivers import aiokafka as driver
+from faust.types import TP
+
+log = structlog.get_logger()
+
+FETCH_MAX_WAIT_MS = 100
+"""A fetch that waits for records keeps a partition that was just drained out of the next fetch for so long; Faust's
+1500 would be a label's delay on a quiet topic."""
+
+
+class Intake(Protocol):
+    """Who works on the records. All calls come from the event loop of the app."""
+
+    def revoked(self) -> None:
+        """A rebalance begins: from here on nothing of the old assignment may be sent or acknowledged."""
+
+    def begin(self, committed: Mapping[TP, str]) -> None:
+        """Reading begins at the committed offsets of these partitions. Values: the metadata that was committed."""
+
+    async def received(self, tp: TP, records: Sequence[Any]) -> None:
+        """Records of one partition, in order (aiokafka's ConsumerRecord: offset, timestamp in ms, key, value, headers).
+
+        Nothing more is read until it returns. It may be cancelled at an await, when a rebalance begins.
+        """
+
+    def committable(self, tp: TP) -> tuple[int, str] | None:
+        """Next offset to read after a restart, and metadata to go with it; None when there is none yet."""
+
+
+class _Thread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
+    """The consumer's thread: reads and writes the metadata of commits, and counts its own processor time."""
+
+    cpu_seconds = 0.0
+    epoch = 0
+    """Counts the seeks to what was committed."""
+    fetched_epoch = 0
+    """Of the last fetch. Records of an older epoch are stale: they will be fetched again."""
+
+    def _create_worker_consumer(self, transport: Any) -> Any:
+        consumer = super()._create_worker_consumer(transport)
+        consumer._fetch_max_wait_ms = FETCH_MAX_WAIT_MS
+        return consumer
+
+    async def _fetch_records(self, *args: Any, **kwargs: Any) -> Any:
+        records = await super()._fetch_records(*args, **kwargs)
+        self.fetched_epoch = self.epoch
+        self.cpu_seconds = time.thread_time()
+        return records
+
+    async def seek_with_metadata(self) -> tuple[int, dict[TP, tuple[int | None, str]]]:
+        """Seek every assigned partition to its committed offset, else to its beginning.
+
+        Returns the epoch that begins, and offset and metadata as they were committed.
+        """
+        found: tuple[int, dict[TP, tuple[int | None, str]]] = await self.call_thread(self._seek_with_metadata)
+        return found
+
+    async def _seek_with_metadata(self) -> tuple[int, dict[TP, tuple[int | None, str]]]:
+        consumer = self._ensure_consumer()
+        assigned = sorted(consumer.assignment())
+        # AIOKafkaConsumer.committed throws the metadata away.
+        committed = await consumer._coordinator.fetch_committed_offsets(assigned)
+        found: dict[TP, tuple[int | None, str]] = {}
+        unknown = []
+        # No await from here on: a fetch sees all of the seek or nothing of it.
+        self.epoch += 1
+        for tp in consumer.assignment() & set(assigned):
+            offset, metadata = committed.get(tp, (-1, ""))
+            if offset >= 0:
+                consumer._fetcher.seek_to(tp, offset)
+            else:
+                unknown.append(tp)
+            found[TP(tp.topic, tp.partition)] = (offset if offset >= 0 else None, metadata or "")
+        if unknown:
+            consumer._fetcher.request_offset_reset(unknown, OffsetResetStrategy.EARLIEST)
+        return self.epoch, found
+
+    async def _commit(self, offsets: Mapping[TP, tuple[int, str]]) -> bool:
+        consumer = self._ensure_consumer()
+        mine = {
+            TopicPartition(tp.topic, tp.partition): OffsetAndMetadata(offset, metadata)
+            for tp, (offset, metadata) in offsets.items()
+            if tp in self.assignment()
+        }
+        try:
+            if mine:
+                await consumer.commit(mine)
+        except (KafkaError, IllegalStateError) as error:
+            # A rebalance came first, or the coordinator is away: what is uncommitted is committed next time, or read
+            # again by whoever owns it then. Faust would crash the consumer on some of these.
+            log.warning("commit failed", error=repr(error))
+            return False
+        return bool(mine)
+
+
+class _Consumer(driver.Consumer):  # type: ignore[misc]
+    """Faust's consumer, handing batches to an ``Intake``."""
+
+    _thread: _Thread
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._intake: Intake = self.transport.intake
+        self._epoch = 0
+        self._known_committed: dict[TP, int] = {}
+
+    def _new_consumer_thread(self) -> _Thread:
+        return _Thread(self, loop=self.loop, beacon=self.beacon)
+
+    async def on_partitions_revoked(self, revoked: set[TP]) -> None:
+        # Before Faust flushes its producer: what was sent is durable before another worker reads the partition.
+        self._intake.revoked()
+        await super().on_partitions_revoked(revoked)
+
+    async def on_partitions_assigned(self, assigned: set[TP], generation_id: int = 0) -> None:
+        await super().on_partitions_assigned(assigned, generation_id)
+        if not assigned:
+            self._intake.begin({})  # Faust seeks nothing then; a worker too many is ready all the same
+
+    async def perform_seek(self) -> None:
+        self._epoch, found = await self._thread.seek_with_metadata()
+        self._known_committed = {tp: offset for tp, (offset, _) in found.items() if offset is not None}
+        self._intake.begin({tp: metadata for tp, (_, metadata) in found.items()})
+
+    async def _drain_messages(self, fetcher: Any) -> None:
+        try:
+            while not (self._stopped.is_set() or fetcher._stopped.is_set()):
+                await asyncio.sleep(0)  # or fetches that return at once would never let anybody else run
+                records, _ = await self._wait_next_records(timeout=1.0)
+                # In a rebalance positions are set anew, and what was fetched before is fetched again.
+                if not self.flow_active or self._thread.fetched_epoch != self._epoch:
+                    continue
+                for tp, batch in (records or {}).items():
+                    if not self.flow_active:
+                        break
+                    mine = TP(tp.topic, tp.partition)
+                    await self.wait_first(self._intake.received(mine, batch), self.suspend_flow.wait())
+        except self.consumer_stopped_errors:
+            if not self.app.should_stop:
+                raise
+
+    def _filter_tps_with_pending_acks(self, topics: Any = None) -> Iterable[TP]:
+        assigned: set[TP] = self.assignment()
+        return assigned
+
+    def _new_offset(self, tp: TP) -> int | None:
+        found = self._intake.committable(tp)
+        return None if found is None else found[0]
+
+    def _should_commit(self, tp: TP, offset: int) -> bool:
+        return offset > self._known_committed.get(tp, -1)
+
+    async def _commit(self, offsets: Mapping[TP, int]) -> bool:
+        # Metadata as of now: newer than the offsets is right too, since it is about what is done.
+        metadata = {tp: found[1] for tp in offsets if (found := self._intake.committable(tp)) is not None}
+        done: bool = await self._thread.commit({tp: (offset, metadata.get(tp, "")) for tp, offset in offsets.items()})
+        if done:
+            self._known_committed.update(offsets)
+        return done
+
+
+class BatchTransport(driver.Transport):  # type: ignore[misc]
+    """A Faust transport whose consumer feeds ``intake``."""
+
+    Consumer = _Consumer
+
+    def __init__(self, urls: Any, app: Any, intake: Intake) -> None:
+        super().__init__(urls, app)
+        self.intake = intake
+
+
+def subscribe(app: Any, topic: Any, intake: Intake) -> None:
+    """Let ``app`` (a Faust app) feed ``intake`` with the records of ``topic`` (a Faust topic, of one or more names)."""
+    app.transport = BatchTransport(app.conf.broker_consumer, app, intake)
+    app.topics.add(topic)
