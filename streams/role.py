@@ -232,7 +232,7 @@ class Role(Generic[P]):
         if partition is None or self.halted:
             return  # halted: what is not taken stays in the log, and polling goes on or the group would let us go
         source = self._sources[tp.topic]
-        self.at_work()
+        self._busy_since = self.clock()
         try:
             await self._take_all(tp.partition, partition, source, records)
             await self.taken(tp.partition, partition, source, records[-1].timestamp)
@@ -241,11 +241,13 @@ class Role(Generic[P]):
         except Exception as error:
             self._on_failure(error)
             raise
-        self._busy_since = None
+        finally:
+            self._busy_since = None
 
     def at_work(self) -> None:
         """A step of a batch is done: a long batch is no standstill."""
-        self._busy_since = self.clock()
+        if self._busy_since is not None:
+            self._busy_since = self.clock()
 
     async def _take_all(self, number: int, partition: P, source: str, records: Sequence[Any]) -> None:
         acks, taken = partition.acks[source], 0
