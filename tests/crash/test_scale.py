@@ -53,7 +53,7 @@ def test_workers_that_come_and_go_leave_the_labels_of_a_run_with_one(
             worker.start()
         wait_for("every worker to have its part", lambda: all(partitions_of(w, crash_kafka) for w in workers[1:]))
         time.sleep(SECONDS / 5)
-        workers[1].stop()
+        workers[1].stop(patience=180.0)
         assert workers[1].ended() == 0, workers[1].log.read_text()[-2000:]
         sender.finish()
         until_same(follower, reference)
