@@ -8,14 +8,13 @@ from typing import Annotated
 
 import typer
 
-from streams.bench import generators
-from streams.bench.stream_command import stream
+from streams.bench import generators, stream_command
 
 app = typer.Typer(help="What the system does on this machine, measured through its real parts.", no_args_is_help=True)
 app.command()(generators.generator)
 app.command()(generators.anchors)
 app.command()(generators.codes)
-app.command()(stream)
+app.command()(stream_command.stream)
 
 
 @app.command()
