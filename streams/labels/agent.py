@@ -164,7 +164,8 @@ class LabelsRole(Role[Partition]):
                 partition.watermark.idle(source)
         if partition.lock.locked():
             return  # the intake is at it, and the tick has other partitions to look at
-        await self._settle(number, partition, int(now * 1000))
+        # However much is due: a tick that stays away is taken for a standstill. The next one goes on.
+        await self._settle(number, partition, int(now * 1000), rounds=1)
 
     async def advanced(self, now: float) -> None:
         self._forget_anchors(now)
@@ -184,8 +185,8 @@ class LabelsRole(Role[Partition]):
 
     # --- what goes out ------------------------------------------------------------------------------------------
 
-    async def _settle(self, number: int, partition: Partition, trigger_ms: int) -> None:
-        """Label what is due, correct what was touched, release what is over."""
+    async def _settle(self, number: int, partition: Partition, trigger_ms: int, rounds: int | None = None) -> None:
+        """Label what is due (in at most so many rounds), correct what was touched, release what is over."""
         if not self.ready():
             return
         if partition.published is None:
@@ -195,7 +196,8 @@ class LabelsRole(Role[Partition]):
         async with partition.lock:
             self._slice_began = time.monotonic()
             joiner, full = partition.joiner, True
-            while full and self._owns(number, partition):
+            while full and rounds != 0 and self._owns(number, partition):
+                rounds = None if rounds is None else rounds - 1
                 began = time.perf_counter()
                 due = joiner.close(partition.watermark.value(), CLOSE_AT_ONCE)
                 self._stages["join"] += time.perf_counter() - began
