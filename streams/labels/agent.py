@@ -210,7 +210,8 @@ class LabelsRole(Role[Partition]):
             touched, partition.touched = partition.touched, {}
             for request_id, cause in touched.items():
                 await self._publish(number, partition, joiner.rejoin(request_id), cause, trigger_ms)
-            if not repeating and self._owns(number, partition):
+            # Nothing is over while something is still due: its feedback would go with it.
+            if not (full or repeating) and self._owns(number, partition):
                 self._forget(partition)
 
     def _owns(self, number: int, partition: Partition) -> bool:
