@@ -13,7 +13,7 @@ from gpl.artefacts import Artefacts, ArtefactsError
 from gpl.catalogue import ItemContent
 from gpl.codes.trie import SidTrie
 from gpl.fit import Event, FitOptions, fit
-from gpl.labels.calibration import NoCalibration, Platt
+from gpl.labels.calibration import Isotonic, NoCalibration, Platt
 
 ITEMS, GROUPS, DIM = 120, 6, 16
 
@@ -60,6 +60,10 @@ def test_where_anchors_tell_of_clicks_the_calibration_rises():
     made = fit(items(), events(), None, FitOptions(generator="history", beams=3), seed=0)
     assert isinstance(made.calibration, Platt)
     assert made.calibration.slope > 1
+    other = fit(items(), events(), None, FitOptions(generator="history", beams=3, calibration="isotonic"), seed=0)
+    assert isinstance(other.calibration, Isotonic)
+    assert other.calibration.fitted_on == made.calibration.fitted_on
+    assert other.calibration.labels[0] < other.calibration.labels[-1]
 
 
 def test_deterministic_whatever_the_order_of_events(fitted: Artefacts):

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from gpl.labels.calibration import Isotonic
 from gpl.labels.labeller import Config
 from streams import contracts
 from streams.labels.code import code_version
@@ -147,6 +148,17 @@ def test_a_revision_keeps_the_digest_and_a_changed_click_does_not():
     revised = corrected(clicked, 1, "feedback")
     assert (revised.revision, revised.provenance.correction) == (1, "feedback")
     assert json.loads(contracts.encode(revised))["exposed"]["clicked"] == [1]
+
+
+def test_an_isotonic_calibration_travels_as_a_record():
+    fitted = Isotonic((-0.2, 0.1, 0.6), (0.1, 0.3, 0.8), 500)
+    record = contracts.decode(
+        contracts.Calibration, contracts.encode(contracts.calibration_record(fitted.to_dict(), 7))
+    )
+    assert (record.kind, record.ts) == ("isotonic", 7)
+    assert calibration_of(record) == fitted
+    with pytest.raises(ValueError, match="labels"):
+        calibration_of(contracts.Calibration("bad", 0, "isotonic", scores=[0.1, 0.2], labels=[0.5]))
 
 
 def test_no_calibration_in_force_is_the_linear_map():
