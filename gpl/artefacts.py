@@ -6,12 +6,14 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpl.anchors.base import AnchorGenerator, load_generator
+from gpl.anchors.base import AnchorGenerator, Beams, History, load_generator
 from gpl.codes.quantiser import Quantiser, load_quantiser
+from gpl.codes.trie import SidTrie
 from gpl.labels.calibration import Fitted, calibration_from_dict
 from gpl.space import Space
 
@@ -21,6 +23,19 @@ _PARTS = ("space", "quantiser", "generator")
 
 class ArtefactsError(ValueError):
     """The artefacts on disk are missing a part, damaged, or do not belong together."""
+
+
+@dataclass(frozen=True)
+class NotLoaded:
+    """Stands for a generator that was left on disk: it has a version, and refuses to work."""
+
+    version: str
+
+    def generate(self, histories: Sequence[History], trie: SidTrie, beams: int) -> list[Beams]:
+        raise RuntimeError(f"generator {self.version} was not loaded")
+
+    def save(self, directory: Path) -> None:
+        raise RuntimeError(f"generator {self.version} was not loaded")
 
 
 @dataclass(frozen=True)
@@ -64,8 +79,13 @@ class Artefacts:
             shutil.rmtree(aside, ignore_errors=True)
 
     @classmethod
-    def load(cls, directory: Path) -> Artefacts:
-        """Read and verify. Raises FileNotFoundError when there are none, ArtefactsError when they are damaged."""
+    def load(cls, directory: Path, with_generator: bool = True) -> Artefacts:
+        """Read and verify. ``with_generator`` False: only its version is read, for who generates no anchors; a large
+        language model then need be neither loaded nor installed.
+
+        Raises FileNotFoundError when there are none, or what the generator needs is not installed; ArtefactsError when
+        they are damaged.
+        """
         path = directory / MANIFEST
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no artefacts there; `gpl fit` makes them")
@@ -83,7 +103,7 @@ class Artefacts:
         loaded = cls(
             space=Space.load(directory / "space"),
             quantiser=load_quantiser(directory / "quantiser"),
-            generator=load_generator(directory / "generator"),
+            generator=load_generator(directory / "generator") if with_generator else NotLoaded(versions["generator"]),
             calibration=calibration,
             report=report,
         )

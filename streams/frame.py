@@ -20,7 +20,7 @@ class Frame:
     @classmethod
     def load(cls, artefacts: Path) -> Frame:
         """The frame of what `gpl fit` wrote. Raises what ``Artefacts.load`` raises."""
-        loaded = Artefacts.load(artefacts)
+        loaded = Artefacts.load(artefacts, with_generator=False)
         return cls(loaded.space.dim, loaded.quantiser.levels, loaded.space.version, loaded.quantiser.version)
 
     @property

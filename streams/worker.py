@@ -64,7 +64,7 @@ class Worker:
     def __init__(self, settings: Settings, role: RoleName) -> None:
         wanted = ("labels", "profiles", "anchors") if role == "all" else (role,)
         self._settings = settings
-        self._artefacts = artefacts = Artefacts.load(settings.artefacts)
+        self._artefacts = artefacts = Artefacts.load(settings.artefacts, with_generator="anchors" in wanted)
         self._dim, self._levels = artefacts.space.dim, artefacts.quantiser.levels
         self._versions = (artefacts.generator.version, artefacts.quantiser.version, artefacts.space.version)
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()

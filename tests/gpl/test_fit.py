@@ -56,6 +56,20 @@ def test_everything_fits_together(fitted: Artefacts):
     assert len(beams) == 5
 
 
+def test_other_quantisers_and_mixed_anchors_are_fitted_saved_and_loaded(tmp_path: Path):
+    options = FitOptions(quantiser="rq-vae", levels=2, codebook_size=8, epochs=1, history_share=0.3, exclude_seen=True)
+    made = fit(items(), events(), None, options, seed=0)
+    made.save(tmp_path / "a")
+    loaded = Artefacts.load(tmp_path / "a")
+    assert (loaded.quantiser.kind, loaded.quantiser.levels, loaded.quantiser.codebook_size) == ("rq-vae", 2, 8)
+    assert loaded.generator.version == made.generator.version
+    assert loaded.generator.version.startswith("mixed-")
+    vectors = loaded.space.project(np.array([item.embedding for item in items()], np.float32))
+    sids = loaded.quantiser.encode(vectors)
+    (beams,) = loaded.generator.generate([History(sids[:6], vectors[:6])], SidTrie(sids, 8, vectors), 6)
+    assert not set(map(tuple, beams.sids.tolist())) & set(map(tuple, sids[:6].tolist()))
+
+
 def test_where_anchors_tell_of_clicks_the_calibration_rises():
     made = fit(items(), events(), None, FitOptions(generator="history", beams=3), seed=0)
     assert isinstance(made.calibration, Platt)
@@ -100,6 +114,17 @@ def test_artefacts_survive_the_disk(fitted: Artefacts, tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     with pytest.raises(FileExistsError):
         fitted.save(tmp_path / "a")
+
+
+def test_who_generates_nothing_need_not_load_the_generator(fitted: Artefacts, tmp_path: Path):
+    fitted.save(tmp_path / "a")
+    loaded = Artefacts.load(tmp_path / "a", with_generator=False)
+    assert loaded.generator.version == fitted.generator.version
+    with pytest.raises(RuntimeError, match="not loaded"):
+        loaded.generator.generate([], SidTrie(np.zeros((0, 3)), 8), 1)
+    with pytest.raises(RuntimeError, match="not loaded"):
+        loaded.save(tmp_path / "b")
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize("how", ["flip", "truncate", "remove", "add", "manifest"])
