@@ -143,7 +143,11 @@ class Publisher:
         if self._attempted is None and last is not None and last.metrics.get("records") == candidate.records:
             self._attempted = candidate.records  # restarted, and not past what it published
             return None
-        fresh = candidate.records if self._attempted is None else candidate.records - self._attempted
+        # After a restart: since what serves. Everything would hide a flood that has only begun.
+        known = int(last.metrics.get("records", 0)) if self._attempted is None and last is not None else 0
+        fresh = candidate.records - (self._attempted or known)
+        if fresh <= 0:  # it started from before what serves
+            fresh = self._settings.recent_records
         self._attempted = candidate.records
         moved, refusal = self._judge(candidate, last, fresh)
         if refusal is not None:
