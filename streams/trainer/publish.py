@@ -30,6 +30,7 @@ log = structlog.get_logger()
 TOPIC = "model-updates"
 _SEND_TIMEOUT_SECONDS = 60.0
 _HOUR_MS = 3_600_000
+_LOOK_BACK = 100  # requests at least that the gate looks at: a slow flood has few between two attempts
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ class Publisher:
             candidate.weights,
             candidate.metrics,
             candidate.evaluated,
-            candidate.feed(fresh),
+            candidate.feed(max(fresh, _LOOK_BACK)),
             figures,
             {name: value for name, value in moved.items() if name == "finite" or not accepted},
             self._settings,
