@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -25,6 +25,8 @@ COLUMNS = {
     "gini": "Gini",
     "diversity": "diversity",
 }
+_IN_TERMINAL = ("hr@10", "tail_hr@10", "ndcg@10", "auc", "exposed_auc", "coverage")
+"""The rest is in the JSON and on the page."""
 _WITH_INTERVAL = ("hr@10", "tail_hr@10")
 
 
@@ -33,9 +35,9 @@ def show(summary: Summary, console: Console) -> None:
     for one in summary["sets"]:
         console.print(Text(f"\n{one['description']}", style="bold"))
         table = Table(box=None, pad_edge=False)
-        table.add_column("method")
-        for title in COLUMNS.values():
-            table.add_column(title, justify="right")
+        table.add_column("method", no_wrap=True)
+        for name in _IN_TERMINAL:
+            table.add_column(COLUMNS[name], justify="right", no_wrap=True)
         table.add_column("GPL's HR@10 against it", justify="right")
         group = None
         for name, method in one["methods"].items():
@@ -45,7 +47,7 @@ def show(summary: Summary, console: Console) -> None:
             against = one["gpl_against"].get(name)
             relative = _percent(against["hr@10"]["relative"]) if against else ""
             style = "bold" if name == SUBJECT else ""
-            table.add_row(Text(method["title"], style=style), *_cells(method), relative)
+            table.add_row(Text(method["title"], style=style), *_cells(method, _IN_TERMINAL), relative)
         console.print(table)
         for target in one["targets"]:
             mark = Text("met    ", style="green") if target["met"] else Text("not met", style="red")
@@ -108,7 +110,7 @@ def _set(one: Summary) -> Iterator[str]:
     yield "| --- |" + " --- |" * len(COLUMNS)
     for name, method in one["methods"].items():
         title = f"**{method['title']}**" if name == SUBJECT else method["title"]
-        yield f"| {title} | " + " | ".join(_cells(method)) + " |"
+        yield f"| {title} | " + " | ".join(_cells(method, COLUMNS)) + " |"
     if one["gpl_against"]:
         yield ""
         yield "GPL relative to each:"
@@ -135,8 +137,8 @@ def _set(one: Summary) -> Iterator[str]:
         yield "| truly relevant | " + " | ".join(f"{b['relevant']:.3f}" for b in bins) + " |"
 
 
-def _cells(method: Summary) -> list[str]:
-    return [_figure(method["metrics"][name], name in _WITH_INTERVAL) for name in COLUMNS]
+def _cells(method: Summary, columns: Iterable[str]) -> list[str]:
+    return [_figure(method["metrics"][name], name in _WITH_INTERVAL and columns is COLUMNS) for name in columns]
 
 
 def _figure(interval: list[float | None], with_interval: bool) -> str:
