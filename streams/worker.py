@@ -109,7 +109,15 @@ class Worker:
         self._recalled = RecalledVectors(self._index, self._view.content, self._dim, self._levels)
         versions = Versions(space.version, self._artefacts.quantiser.version, settings.fingerprint())
         labels = LabelsRole(
-            settings, versions, self._dim, self._levels, self._recalled.lookup, self._ready, self.health, self._fail
+            settings,
+            versions,
+            self._dim,
+            self._levels,
+            self._recalled.lookup,
+            self._ready,
+            self.health,
+            self._fail,
+            self._recalled.have if shared is not None else None,
         )
         self._handlers["calibrations"] = labels.calibrations
         catalogue = CatalogueRole(

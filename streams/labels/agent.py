@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -41,10 +41,14 @@ CLOSE_AT_ONCE = 64
 """Requests closed at a time; each carries its candidates."""
 
 
+Have = Callable[[Iterable[str], Callable[[], bool]], Awaitable[bool]]
+
+
 class LabelsRole(Role[Partition]):
     """One worker of the labels role.
 
     ``lookup``: ids -> the known among them and their vectors; ``catalogue_ready``: whether vectors are loaded.
+    ``have``: waits until ``lookup`` of these ids needs no server; False when it is not wanted any more.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class LabelsRole(Role[Partition]):
         catalogue_ready: Callable[[], bool],
         health: metrics.Health,
         on_failure: Callable[[BaseException], None],
+        have: Have | None = None,
     ) -> None:
         super().__init__("labels", SOURCES, settings, health, on_failure)
         labels = settings.labels
@@ -65,6 +70,7 @@ class LabelsRole(Role[Partition]):
         self._dim = dim
         self._levels = levels
         self._lookup = lookup
+        self._have = have
         self._catalogue_ready = catalogue_ready
         self._config = labeller_config(labels)
         self._idle_timeout = labels.idle_timeout_wall_seconds or labels.window_seconds + labels.allowed_lateness_seconds
@@ -265,6 +271,10 @@ class LabelsRole(Role[Partition]):
     ) -> None:
         recall, said = joined.recall, partition.published
         assert said is not None
+        if self._have is not None:
+            ids = [*joined.exposed, *recall.candidates]
+            if not await self._have(ids, lambda: self._owns(number, partition)):
+                return
         anchors = self._anchors.at(recall.user_id, recall.ts)
         calibration = self.calibrations.at(recall.ts)
         label = make_label(joined, number, anchors, calibration, self._lookup, self._versions, self._stages)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container, Iterable
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from gpl.catalogue import Catalogue
 from gpl.index.base import VectorIndex
 from streams.contracts import ItemVector
+from streams.labels.outage import when_available
 from streams.views import vectors_from
 
 
@@ -26,6 +28,8 @@ class RecalledVectors:
         self._matrix = Catalogue(dim, levels)
         # The matrix is asked for vectors only, codes do not matter here.
         self._no_sid = [0] * levels
+        # What changed while a fetch was on its way.
+        self._fetching: list[set[str]] = []
         self._gathered = np.empty((0, dim), np.float32)
 
     def lookup(self, ids: list[str]) -> tuple[list[str], NDArray[np.float32]]:
@@ -53,8 +57,29 @@ class RecalledVectors:
             for item, vector in self._index.retrieve(wanted).items():
                 self._matrix.put(item, vector, self._no_sid)
 
+    async def have(self, ids: Iterable[str], wanted: Callable[[], bool]) -> bool:
+        """Make ``lookup`` of these ids need no index: fetch what is missing, however long the index is away.
+
+        False as soon as ``wanted`` says that nobody waits for it any more.
+        """
+        while missing := [item for item in ids if item not in self._matrix and item in self._known]:
+            changed: set[str] = set()
+            self._fetching.append(changed)
+            found = await when_available(partial(self._index.retrieve, missing), wanted)
+            self._fetching.remove(changed)
+            if found is None:
+                return False
+            if not found:
+                break  # in the catalogue and not yet in the index
+            for item, vector in found.items():
+                if item not in changed:  # or it would be the vector of before
+                    self._matrix.put(item, vector, self._no_sid)
+        return True
+
     def changed(self, item_id: str, item: ItemVector | None) -> None:
         """An item was added, replaced or removed (None): the row, if there is one, follows."""
+        for changed in self._fetching:
+            changed.add(item_id)
         if item_id not in self._matrix:
             return
         if item is None:

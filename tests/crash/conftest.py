@@ -73,7 +73,7 @@ def reference(kafka: ApacheKafka, artefacts: Path, tmp_path_factory: pytest.Temp
         sender = Sender(own, 2.0)
         sender.start()
         sender.finish()
-        wait_for("all labels", lambda: len(follower.poll().labels) == REQUESTS)
+        wait_for("all labels", lambda: len(follower.poll().labels) == REQUESTS, 300)
         outcome = settle(follower)
     assert worker.failures == 0 and outcome.twice == []
     assert len({key[0] for key in outcome.anchors}) > 20 and any(version > 1 for _, version in outcome.anchors)

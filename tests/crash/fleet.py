@@ -158,7 +158,8 @@ class Fleet:
             worker.stop()
         if kind is not None:
             for worker in self.workers:
-                print(f"--- {worker.role}: {worker.log}\n{worker.log.read_text()[-3000:]}")
+                said = worker.log.read_text()[-6000:] if worker.log.exists() else "(no log)"
+                print(f"--- {worker.role}: {worker.log}\n{said}")
 
     def _supervise(self) -> None:
         while not self._stopping.wait(0.1):

@@ -48,7 +48,7 @@ def make_artefacts(directory: Path, dim: int = DIM) -> Path:
     return directory
 
 
-def settings(kafka: KafkaSettings, artefacts: Path, index: Path, **sections: dict[str, object]) -> Settings:
+def settings(kafka: KafkaSettings, artefacts: Path, shard: Path, **sections: dict[str, object]) -> Settings:
     """Of one worker: short windows, an index of its own."""
     chosen: dict[str, dict[str, object]] = {
         "labels": {
@@ -59,7 +59,7 @@ def settings(kafka: KafkaSettings, artefacts: Path, index: Path, **sections: dic
         },
         "profiles": {"min_interval_seconds": 60, "allowed_lateness_seconds": 5, "idle_timeout_wall_seconds": 1},
         "generator": {"beams": 5},
-        "index": {"path": index},
+        "index": {"path": shard},
     }
     for name, values in sections.items():
         chosen[name] = {**chosen.get(name, {}), **values}

@@ -90,8 +90,9 @@ def test_a_network_that_stalls_changes_no_label(
     # Faust does not always find back into its group after such a stall; the process then ends itself.
     live = {"stalled_after_wall_seconds": 20, "exit_when_stalled": True}
     roles = ["labels", "profiles", "anchors"]
-    with fleet_of(kafka, artefacts, tmp_path, roles, metrics=live) as fleet, Follower(kafka) as follower:
-        start(kafka, fleet, follower)
+    with fleet_of(kafka, artefacts, tmp_path, roles, metrics=live) as fleet:
+        with Follower(kafka) as follower:
+            start(kafka, fleet, follower)
         stalls = max(2, rounds // 2)
         seconds = 4.0 * stalls
         sender = Sender(kafka, seconds)
@@ -104,5 +105,6 @@ def test_a_network_that_stalls_changes_no_label(
             time.sleep(pause)
             proxy.resume()
         sender.finish()
-        outcome = until_same(follower, reference)
+        with Follower(kafka) as follower:
+            outcome = until_same(follower, reference, 240)
     assert outcome.twice == []
