@@ -49,7 +49,8 @@ TOPICS: tuple[TopicSpec, ...] = (
     TopicSpec("item-vectors", by_user=False, config=_COMPACTED),
     TopicSpec("recalls", by_user=True),
     TopicSpec("feedback", by_user=True),
-    TopicSpec("profiles", by_user=True, config={"cleanup.policy": "compact"}),
+    # Compaction keeps what was written last; for a day, what had come further is there beside it (profiles.further).
+    TopicSpec("profiles", by_user=True, config=_COMPACTED),
     TopicSpec("anchor-requests", by_user=True),
     TopicSpec("user-anchors", by_user=True, config=_COMPACTED),
     TopicSpec("calibrations", by_user=False, config=_COMPACTED, single=True),

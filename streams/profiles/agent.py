@@ -26,6 +26,7 @@ from streams.profiles.state import (
     advance,
     answered,
     apply_positive,
+    further,
 )
 from streams.role import PartitionState, Role
 from streams.settings import Settings
@@ -97,7 +98,8 @@ class ProfilesRole(Role[Partition]):
         def profile_read(record: Any) -> None:
             if record.value is not None:
                 profile = decode(Profile, record.value)
-                partitions[record.partition].profiles[profile.user_id] = profile
+                profiles = partitions[record.partition].profiles
+                profiles[profile.user_id] = further(profiles.get(profile.user_id), profile)
 
         def anchors_read(record: Any) -> None:
             if record.value is None:

@@ -61,6 +61,19 @@ class AnchorsInForce:
     vectors: Vector
 
 
+def further(one: Profile | None, other: Profile) -> Profile:
+    """Of two states of a user the one that has come further, whichever was written last.
+
+    What a worker sent before it died or was cut off may be appended after its successor's states: on the wire, the
+    last word is not the newest.
+    """
+
+    def how_far(profile: Profile) -> tuple[tuple[int, str], int, int, bool]:
+        return profile.cursor, profile.sequence, profile.tested, not profile.pending
+
+    return other if one is None or how_far(other) >= how_far(one) else one
+
+
 def apply_positive(profile: Profile, positive: Positive, max_positives: int) -> Profile | None:
     """The profile with one more click; None when it is at or below the cursor."""
     cursor = (positive.ts, positive.event_id)

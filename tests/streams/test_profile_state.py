@@ -13,7 +13,7 @@ from river import drift as river_drift
 
 from streams.contracts import AnchorRequest
 from streams.profiles.drift import PageHinkley
-from streams.profiles.state import AnchorsInForce, Positive, Profile, advance, answered, apply_positive
+from streams.profiles.state import AnchorsInForce, Positive, Profile, advance, answered, apply_positive, further
 from streams.settings import ProfileSettings
 
 VERSIONS = ("g", "q", "e")
@@ -100,6 +100,25 @@ def test_only_the_newest_positives_are_kept():
 def test_state_survives_the_wire():
     profile = feed(Profile("u"), positive(1), positive(2))
     assert msgspec.json.decode(msgspec.json.encode(profile), type=Profile) == profile
+
+
+@given(st.lists(st.sampled_from(["east", "north", "unknown"]), min_size=1, max_size=30), st.randoms())
+def test_the_state_that_has_come_furthest_wins_in_whatever_order_states_are_written(items, order):
+    states, profile, in_force = [], Profile("u"), None
+    for n, item in enumerate(items, start=1):
+        profile = feed(profile, positive(n, item))
+        states.append(profile)
+        profile, request = step(profile, in_force)
+        states.append(profile)
+        if request is not None:
+            in_force = anchors(request.sequence, request.ts)
+            profile = answered(profile, in_force)
+            states.append(profile)
+    order.shuffle(states)
+    kept = None
+    for state in states:
+        kept = further(kept, state)
+    assert kept == profile
 
 
 @given(st.lists(st.sampled_from(["east", "north", "unknown"]), min_size=1, max_size=40), st.integers(0, 2**32))
