@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
+import msgspec
 import numpy as np
 
 from streams.contracts import Calibration, Label
@@ -156,7 +157,7 @@ class Attribution:
         shown = dict(zip(recorded.label.exposed.item, map(bool, recorded.label.exposed.clicked), strict=True))
         if list(shown.items()) != list(joined.exposed.items()) and "configuration" not in lost:
             causes["feedback"] = _feedback(was.feedback, joined.feedback_offsets)
-            then = replace(then, joined=replace(joined, exposed=shown, feedback_offsets=was.feedback))
+            then = replace(then, joined=msgspec.structs.replace(joined, exposed=shown, feedback_offsets=was.feedback))
         then = self._anchors_of(result, recorded, label, then, causes, lost)
         if was.calibration != is_now.calibration and None not in (was.calibration, is_now.calibration):
             causes["calibration"] = f"{was.calibration} then, {is_now.calibration} now"

@@ -19,7 +19,7 @@ from streams.settings import ProfileSettings, TrainerSettings
 from tests.streams.replay_world import DIM, EVERYTHING, SETTINGS, START, World, unit
 
 PROFILES = ProfileSettings(min_positives=3, min_interval_seconds=20, drift_threshold=0.3, max_age_seconds=600)
-TRAINER = TrainerSettings(batch_records=8, evidence=False, dim=8)
+TRAINER = TrainerSettings(batch_records=8, evidence=False, dim=8, pseudo_weight=1.0)
 OURS = SETTINGS.model_copy(update={"profiles": PROFILES, "trainer": TRAINER})
 
 
