@@ -199,3 +199,9 @@ def subscribe(app: Any, topic: Any, intake: Intake) -> None:
     """Let ``app`` (a Faust app) feed ``intake`` with the records of ``topic`` (a Faust topic, of one or more names)."""
     app.transport = BatchTransport(app.conf.broker_consumer, app, intake)
     app.topics.add(topic)
+
+
+def fetch_seconds(app: Any) -> float:
+    """Processor time that the consumer's thread of ``app`` has taken: fetching, decompressing, checking."""
+    seconds: float = app.consumer._thread.cpu_seconds
+    return seconds

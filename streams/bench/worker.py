@@ -53,7 +53,7 @@ def _events(said: Samples) -> float:
 def stages_per_request(first: Sequence[Reading], last: Sequence[Reading]) -> dict[str, float]:
     """Microseconds a request by stage, over all workers; "other" is processor time that no stage claims.
 
-    The stages of the event loop are wall time there; fetch is the processor time of the consumer's thread.
+    All of it is processor time: fetch that of the consumer's thread, the others that of the event loop's.
     """
     closed = max(1.0, _gain(first, last, "closed"))
     stages = {

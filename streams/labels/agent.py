@@ -17,6 +17,7 @@ from faust.types import TP
 from streams import metrics
 from streams.contracts import Cause, Feedback, Label, Recall, UserAnchors, decode, encode
 from streams.dead_letters import Original, Refused
+from streams.intake import fetch_seconds
 from streams.kafka import RecordTooLargeError, check_size
 from streams.labels import published
 from streams.labels.backpressure import Backpressure
@@ -79,7 +80,8 @@ class LabelsRole(Role[Partition]):
         self._anchors_kept_ms = int((labels.window_seconds + labels.retention_seconds + 86_400) * 1000)
         self._store = open_store(labels)
         self._backpressure = Backpressure(labels, self._pause, self._read_on)
-        self._stages = dict.fromkeys(("decode", "join", "lookup", "match", "encode", "produce"), 0.0)
+        self._stages = dict.fromkeys(("fetch", "decode", "join", "lookup", "match", "encode", "produce"), 0.0)
+        self._fetched = 0.0
         self._slice_began = 0.0
         self.calibrations = CalibrationView(self._calibration_changed)
         """To be fed with the ``calibrations`` topic by whoever follows it for this process."""
@@ -110,14 +112,14 @@ class LabelsRole(Role[Partition]):
     # --- what comes in ------------------------------------------------------------------------------------------
 
     async def take(self, number: int, partition: Partition, source: str, message: Any) -> None:
-        began = time.perf_counter()
+        began = time.thread_time()
         value, where = message.value or b"", Source(message.offset, message.timestamp)
         joiner = partition.joiner
         if source == "recalls":
             if partition.first_recall_ms is None:
                 partition.first_recall_ms = message.timestamp
             recall = decode(Recall, value)
-            decoded = time.perf_counter()
+            decoded = time.thread_time()
             self.check_time(recall.ts, message)
             partition.watermark.observe(source, recall.ts)
             if joiner.is_over(recall.ts):
@@ -130,14 +132,14 @@ class LabelsRole(Role[Partition]):
             late, cause = joiner.add_recall(recall, where, value), RECALL
         else:
             feedback = decode(Feedback, value)
-            decoded = time.perf_counter()
+            decoded = time.thread_time()
             self.check_time(feedback.ts, message)
             late, cause = joiner.add_feedback(feedback, where), FEEDBACK
             partition.watermark.observe(source, feedback.ts)
         if late:
             partition.touched.update(dict.fromkeys(late, cause))
         self._stages["decode"] += decoded - began
-        self._stages["join"] += time.perf_counter() - decoded
+        self._stages["join"] += time.thread_time() - decoded
 
     async def taken(self, number: int, partition: Partition, source: str, newest_kafka_ms: int) -> None:
         partition.read_to_ms[source] = newest_kafka_ms
@@ -176,6 +178,8 @@ class LabelsRole(Role[Partition]):
     async def advanced(self, now: float) -> None:
         self._forget_anchors(now)
         self._backpressure.apply(self.partitions)
+        fetched = fetch_seconds(self.app)
+        self._stages["fetch"], self._fetched = fetched - self._fetched, fetched
         for stage, seconds in self._stages.items():
             metrics.LABEL_STAGE_SECONDS.labels(stage).inc(seconds)
             self._stages[stage] = 0.0
@@ -204,9 +208,9 @@ class LabelsRole(Role[Partition]):
             joiner, full = partition.joiner, True
             while full and rounds != 0 and self._owns(number, partition):
                 rounds = None if rounds is None else rounds - 1
-                began = time.perf_counter()
+                began = time.thread_time()
                 due = joiner.close(partition.watermark.value(), CLOSE_AT_ONCE)
-                self._stages["join"] += time.perf_counter() - began
+                self._stages["join"] += time.thread_time() - began
                 full = len(due) == CLOSE_AT_ONCE
                 self.at_work()
                 for joined in due:
@@ -278,7 +282,7 @@ class LabelsRole(Role[Partition]):
         anchors = self._anchors.at(recall.user_id, recall.ts)
         calibration = self.calibrations.at(recall.ts)
         label = make_label(joined, number, anchors, calibration, self._lookup, self._versions, self._stages)
-        began = time.perf_counter()
+        began = time.thread_time()
         value = encode(label)
         mark = digest_of(value)
         before = said.labels.get(recall.request_id)
@@ -292,7 +296,7 @@ class LabelsRole(Role[Partition]):
                 return
             label = corrected(label, before[0] + 1, cause or "restart")
             value = encode(label)
-        encoded = time.perf_counter()
+        encoded = time.thread_time()
         self._stages["encode"] += encoded - began
         key = recall.user_id.encode()
         try:
@@ -313,7 +317,7 @@ class LabelsRole(Role[Partition]):
         headers = published.headers(label, mark, trigger_ms, joined.newest_kafka_ms)
         await self.publisher.send("labels", key, value, headers, durable, partition=number)
         self._count(label, before is not None, cause, anchors)
-        self._stages["produce"] += time.perf_counter() - encoded
+        self._stages["produce"] += time.thread_time() - encoded
         if time.monotonic() - self._slice_began > SLICE:
             await asyncio.sleep(0)
             self._slice_began = time.monotonic()
