@@ -38,12 +38,10 @@ def serve(
     The HTTP part starts a broker (unless given one), `gpl serve`, and a load generator, each in processes of their
     own, on made-up vectors. All of them share this machine's cores, the generator included.
     """
-    # One core, as the figures say; to be set before numpy is loaded.
     import os
 
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = "1"
     import numpy as np
+    from threadpoolctl import threadpool_limits
 
     from streams.bench import serve as bench
     from streams.bench.http_load import Outcome
@@ -55,6 +53,7 @@ def serve(
     typer.echo(f"{items:,} items x {dim}, {users:,} users with {anchors} anchors, {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory(prefix="gpl-bench-") as name:
         directory = Path(name)
+        threadpool_limits(1)  # one core, as the figures say
         scorer = bench.loaded_scorer(state, directory / "library")
         for count in (500, 5000):
             for label, who in (("with anchors", state.users), ("without", ["nobody"])):

@@ -165,7 +165,7 @@ def _policy_table(runs: Sequence[Run]) -> Iterator[str]:
         ]
         yield f"Drift less {other}: {', '.join(found)}."
         yield ""
-    reasons: Counter[str] = sum((outcomes.refreshes for outcomes in by_policy[DRIFT]), Counter())
+    reasons: Counter[str] = sum((Counter(outcomes.refreshes) for outcomes in by_policy[DRIFT]), Counter())
     total = sum(reasons.values()) or 1
     named = ", ".join(f"{reason} {count / total:.0%}" for reason, count in reasons.most_common())
     yield f"Reasons of the refreshes by drift: {named}."

@@ -49,7 +49,7 @@ class Outcomes:
     requests: int = 0
     with_anchors: int = 0
     anchor_age_hours: list[float] = field(default_factory=list)
-    refreshes: Counter[str] = field(default_factory=Counter)
+    refreshes: dict[str, int] = field(default_factory=dict)
 
     def judge(
         self, user: str, exposed: Mapping[str, bool], at: Mapping[str, int], scores: Mapping[str, Floats]
@@ -124,7 +124,7 @@ def run(
             _judge(outcomes, event, feedback_of[event.request_id][1], pipeline, serving, catalogue)
         pipeline.take(offset, event)
         pipeline.answers.clear()
-    outcomes.refreshes = pipeline.refreshes - before
+    outcomes.refreshes = dict(pipeline.refreshes - before)
     return outcomes
 
 

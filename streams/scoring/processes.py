@@ -18,8 +18,10 @@ from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 
 import structlog
+import torch
 import uvicorn
 from prometheus_client.multiprocess import mark_process_dead
+from threadpoolctl import threadpool_limits
 
 from streams import metrics
 from streams.frame import Frame
@@ -57,6 +59,9 @@ def run(settings: Settings, frame: Frame | None = None) -> None:
 
 def _serve(settings: Settings, frame: Frame) -> None:
     sys.setswitchinterval(SWITCH_SECONDS)
+    # Products of a request are small: threads that wait for each other cost more than they bring.
+    threadpool_limits(1)
+    torch.set_num_threads(1)
     health = metrics.Health()
     app = create_app(Scorer(settings, frame, health), settings.serve, health)
     config = uvicorn.Config(

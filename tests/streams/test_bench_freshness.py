@@ -1,0 +1,143 @@
+"""The freshness study: what serves at a time was trained on what was labelled by then, and its figures are right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpl.artefacts import Artefacts
+from gpl.catalogue import ItemContent
+from gpl.evaluation.metrics import auc
+from gpl.fit import Event as PastEvent
+from gpl.fit import FitOptions, fit
+from gpl.labels import labeller
+from gpl.preranker.ids import IdTable
+from gpl.preranker.model import PreRanker
+from streams.bench.freshness import DRIFT, POLICIES, Run, Study, _Pairs, _Ranked, page
+from streams.bench.sync import ANCHORS, MINUTE, Outcomes, run
+from streams.bench.timed import TimedStream
+from streams.contracts import Feedback, Item, Label, Recall
+from streams.fitting import catalogue_of
+from streams.frame import Frame
+from streams.history.pipeline import Pipeline, in_event_time
+from streams.settings import LabelSettings, ProfileSettings, Settings, TrainerSettings
+from streams.trainer.trainer import Trainer
+
+DIM, ITEMS, USERS, REQUESTS = 8, 40, 10, 160
+START, STEP, WINDOW = 1_700_000_000_000, 20_000, 60
+JUDGED_FROM = START + 80 * STEP
+INTERVALS = {"never": None, "10 min": 10 * MINUTE, "1 min": MINUTE}
+
+
+def items() -> list[Item]:
+    vectors = np.random.default_rng(7).normal(size=(ITEMS, DIM))
+    return [Item(f"i{n}", "", embedding=vector.tolist()) for n, vector in enumerate(vectors)]
+
+
+def requests() -> list[tuple[Recall, list[Feedback]]]:
+    rng = np.random.default_rng(3)
+    found = []
+    for n in range(REQUESTS):
+        user, ts = int(rng.integers(USERS)), START + n * STEP
+        candidates = [f"i{i}" for i in rng.choice(ITEMS, 15, replace=False)]
+        events = [
+            Feedback(f"e{n}-{k}", f"u{user}", i, ts + k, "impression", f"r{n}") for k, i in enumerate(candidates[:5])
+        ]
+        clicks = [i for i in candidates[:5] if int(i[1:]) % 4 == user % 4]
+        events += [Feedback(f"c{n}-{k}", f"u{user}", i, ts + 9 + k, "click", f"r{n}") for k, i in enumerate(clicks)]
+        found.append((Recall(f"r{n}", f"u{user}", ts, candidates), events))
+    return found
+
+
+@pytest.fixture(scope="module")
+def artefacts(tmp_path_factory: pytest.TempPathFactory) -> Artefacts:
+    past = [PastEvent(f"past{u}", f"i{(u % 4) + 4 * k}", k, bool(k % 3)) for u in range(30) for k in range(10)]
+    contents = [ItemContent(item.item_id, item.text, item.embedding) for item in items()]
+    return fit(contents, past, None, FitOptions(generator="history"), seed=0)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(
+        labels=LabelSettings(window_seconds=WINDOW, retention_seconds=0),
+        profiles=ProfileSettings(min_interval_seconds=60),
+        trainer=TrainerSettings(models=tmp_path, dim=4, batch_records=8),
+    )
+
+
+def outcomes(artefacts: Artefacts, settings: Settings, period_ms: int | None = None) -> Outcomes:
+    catalogue = catalogue_of(items(), artefacts, settings.space)
+    return run(requests(), artefacts, catalogue, settings, INTERVALS, JUDGED_FROM, period_ms)
+
+
+def test_the_model_in_service_is_the_one_of_the_last_synchronisation(artefacts: Artefacts, settings: Settings) -> None:
+    found = outcomes(artefacts, settings)
+    assert found.requests == 80
+    catalogue = catalogue_of(items(), artefacts, settings.space)
+    frame = Frame(DIM, artefacts.quantiser.levels, artefacts.space.version, artefacts.quantiser.version)
+
+    def logits_of(n: int, until: int) -> list[float]:
+        """Request ``n`` scored by a trainer of its own that saw the labels that closed before ``until``."""
+        pipeline = Pipeline(settings, artefacts, catalogue)
+        trainer = Trainer(settings.trainer, frame, catalogue)
+        recall = requests()[n][0]
+        events = [event for of, page in requests() for event in (of, *page)]
+        for offset, event in in_event_time(enumerate(events)):
+            if event.ts > recall.ts:
+                break
+            by_minute: dict[int, list[Label]] = {}
+            for label in pipeline.advance(event.ts):
+                by_minute.setdefault((label.ts + WINDOW * 1000) // MINUTE, []).append(label)
+            for minute, some in by_minute.items():
+                if minute * MINUTE < until:
+                    trainer.step(some)
+            pipeline.take(offset, event)
+        weights, ids = trainer.model()
+        network = PreRanker(DIM, 4, 0)
+        network.load_state_tensors(weights)
+        rows = catalogue.rows(recall.candidates[:5])
+        anchors = pipeline.anchors(recall.user_id, recall.ts)
+        cross = None
+        if anchors is not None and anchors.prepared is not None:
+            cross = labeller.score(anchors.prepared, catalogue.vectors[rows])[0]
+        user = IdTable.from_list(ids.users).row(recall.user_id)
+        item_rows = IdTable.from_list(ids.items).rows(recall.candidates[:5])
+        return network.score(user, item_rows, catalogue.vectors[rows], cross).tolist()
+
+    for n in (85, 120, 159):
+        ts, pairs = START + n * STEP, slice(5 * (n - 80), 5 * (n - 79))
+        for name, until in (
+            ("never", JUDGED_FROM // MINUTE * MINUTE),
+            ("10 min", ts // (10 * MINUTE) * 10 * MINUTE),
+            ("1 min", ts // MINUTE * MINUTE),
+        ):
+            expected = logits_of(n, max(until, JUDGED_FROM // MINUTE * MINUTE))
+            assert found.pair_logit[name][pairs] == pytest.approx(expected, abs=1e-4), (n, name)
+
+
+def test_auc_is_that_of_the_library_with_any_weights() -> None:
+    rng = np.random.default_rng(2)
+    clicked, scores = rng.random(300) < 0.3, rng.integers(20, size=300) / 4
+    assert _Ranked(clicked, scores.tolist()).auc(np.ones(300)) == pytest.approx(auc(clicked.astype(int), scores))
+    weight = rng.integers(0, 4, size=300)
+    repeated = auc(np.repeat(clicked, weight).astype(int), np.repeat(scores, weight))
+    assert _Ranked(clicked, scores.tolist()).auc(weight.astype(float)) == pytest.approx(repeated)
+
+
+def test_the_page_tells_every_interval_and_policy(artefacts: Artefacts, settings: Settings) -> None:
+    from streams.bench import freshness
+
+    catalogue = catalogue_of(items(), artefacts, settings.space)
+    runs = [
+        Run(0, policy, run(requests(), artefacts, catalogue, settings, freshness.INTERVALS, JUDGED_FROM, period))
+        for policy, period in POLICIES.items()
+    ]
+    text = page([(TimedStream("Made up", "", items(), [], 0), runs)], settings, Study(1, 15), "gpl bench freshness")
+    for name in (*freshness.INTERVALS, *POLICIES):
+        assert f"| {name} | " in text
+    drift = next(run.outcomes for run in runs if run.policy == DRIFT)
+    value, gain = _Pairs([drift], [drift]).auc(ANCHORS, ANCHORS)
+    assert value.low <= value.estimate <= value.high and gain == (0, 0, 0)
+    assert f"{value.estimate:.4f}" in text
