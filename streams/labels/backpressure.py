@@ -18,9 +18,9 @@ from streams.labels.partition import SOURCES, Partition
 from streams.settings import LabelSettings
 
 EVENT_BYTES = 700
-"""Memory of one feedback held: the struct, its ids and its places in the joiner's tables. Measured."""
+"""Memory of one feedback held: the struct, its ids and its places in the joiner's tables. An estimate."""
 REQUEST_BYTES = 900
-"""Memory of one request held beside its recall's bytes. Measured."""
+"""Memory of one request held beside its recall's bytes. An estimate."""
 RESUME_BELOW = 0.9
 """Of the caps: reading goes on below this, so that a partition is not paused and resumed with every batch."""
 
