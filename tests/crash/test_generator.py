@@ -17,7 +17,7 @@ from streams.kafka import producer
 from streams.settings import KafkaSettings, Settings
 from streams.topics import full_name
 from tests.crash.fleet import Fleet, Worker
-from tests.crash.site import ITEMS, START, Follower, Outcome, Sender, send_items, settings, until_same
+from tests.crash.site import ITEMS, START, Follower, Outcome, Sender, event_log, send_items, settings, until_same
 from tests.integration.pipeline import read_all, wait_for
 
 POISON = 7
@@ -47,8 +47,10 @@ def run_failing(chosen: Settings, role: str, down: Path, poison: Path) -> None:
 
     class Wrapped(Artefacts):
         @classmethod
-        def load(cls, directory: Path) -> Artefacts:
-            loaded = load(directory)
+        def load(cls, directory: Path, *, with_generator: bool = True) -> Artefacts:
+            loaded = load(directory, with_generator=with_generator)
+            if not with_generator:
+                return loaded
             return dataclasses.replace(loaded, generator=Failing(loaded.generator, down, poison))  # type: ignore[arg-type]
 
     worker.Artefacts = Wrapped  # type: ignore[misc]
@@ -78,17 +80,21 @@ def test_a_failing_generator_delays_anchors_and_loses_none(
         send_items(kafka)
         wait_for("the catalogue", lambda: len(follower.poll().vectors) == ITEMS)
         wait_for("the workers' catalogues", lambda: all(w.metric("gpl_catalogue_items") == ITEMS for w in workers))
-        sender = Sender(kafka, 4.0)
-        sender.start()
+        half = len(event_log()) // 2
+        first, second = Sender(kafka, 2.0, slice(half)), Sender(kafka, 2.0, slice(half, None))
+        first.start()
         wait_for("some anchors", lambda: len(follower.poll().anchors) > 5)
+        first.finish()
         down.touch()
+        labelled = len(follower.poll().labels)
+        second.start()
         wait_for("the breaker to open", lambda: generator.metric("gpl_anchor_breaker_state") == 2)
-        answered, labelled = len(follower.poll().anchors), len(follower.poll().labels)
+        answered = len(follower.poll().anchors)
         wait_for("requests to wait", lambda: generator.metric("gpl_anchor_requests_waiting") > 3)
         wait_for("labels meanwhile", lambda: len(follower.poll().labels) > labelled + 50)
         assert len(follower.poll().anchors) == answered
         fleet.kill(2)  # what waits is in the log, not only in memory
-        sender.finish()
+        second.finish()
         wait_for("requests to wait again", lambda: generator.metric("gpl_anchor_requests_waiting") > 3)
         assert generator.get("/health")[0] == 200
         down.unlink()
