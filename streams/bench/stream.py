@@ -97,7 +97,11 @@ store_path = "{store}"
 
 @dataclass(frozen=True)
 class Throughput:
-    """Of a backlog. Rates are a second of wall time, over all workers; ``stages``: microseconds a request."""
+    """Of a backlog. Rates are a second of wall time, over all workers; ``stages``: microseconds a request.
+
+    Events are read ahead of the requests that they close, so their rate is taken from the first one read to the last
+    request: what the whole backlog took.
+    """
 
     workers: int
     requests: int
@@ -136,13 +140,15 @@ def _drain(parts: list[Part], requests: int) -> Throughput:
     settled = [row for row in readings if sum(r.closed for r in row[1]) >= SETTLED[0] * requests]
     (t0, first), (t1, last) = settled[0], settled[-1]
     seconds = max(1e-9, t1 - t0)
+    read = [row for row in readings if any(r.events for r in row[1])]
+    read_seconds = max(1e-9, t1 - read[0][0])
     return Throughput(
         workers=len(parts),
         requests=requests,
         seconds=seconds,
         requests_per_second=worker.rate(first, last, "closed", seconds),
         labels_per_second=worker.rate(first, last, "labels", seconds),
-        events_per_second=worker.rate(first, last, "events", seconds),
+        events_per_second=worker.rate(read[0][1], last, "events", read_seconds),
         requests_per_cpu_second=worker.per_cpu_second(first, last),
         stages=worker.stages_per_request(first, last),
         peak_rss_mb=max(sum(r.rss for r in row) for _, row in readings) / 2**20,
