@@ -55,7 +55,8 @@ class Learner:
 
         ``evidence`` in [0, 1] scales lambda (see :mod:`gpl.labels.evidence`); with 0 the step is, bit for bit, one
         without pseudo-labels. With a loss on exposed labels only, the unexposed pairs are taken out first, so training
-        equals training on records that never had them. None, and nothing changes, when no pair is left.
+        equals training on records that never had them. None, and no weight moves, when no pair is left or none teaches
+        anything (nothing exposed, and no pseudo-label that counts).
         Raises ValueError for evidence outside [0, 1].
         """
         config = self.loss.scaled(evidence)
@@ -67,6 +68,8 @@ class Learner:
         logits = self.model(batch, content)
         self.logits = logits.full.detach().numpy()
         loss = joint_loss(logits, batch, config, self.effects.observe(batch))
+        if not loss.total.requires_grad:
+            return None
         self.update(loss.total)
         return Loss(*(term.detach() for term in (loss.total, loss.actual, loss.pseudo, loss.negatives)))
 

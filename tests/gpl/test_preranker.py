@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -339,6 +341,22 @@ def test_a_batch_with_nothing_to_learn_from_changes_nothing():
     before = trained.state_tensors()
     assert trained.step(batches(1, exposed=0)[0], content_of()) is None
     assert_same_state(before, trained.state_tensors())
+
+
+@pytest.mark.parametrize("config", [LossConfig(negatives_weight=0.0), LossConfig()])
+@pytest.mark.parametrize("evidence", [0.0, 1.0])
+def test_labels_without_confidence_and_without_exposure_move_no_weight(config, evidence):
+    rng = np.random.default_rng(0)
+    hidden = example(rng, exposed=0)
+    hidden = replace(hidden, confidence=np.zeros_like(hidden.confidence))
+    one = learner(config=config)
+    one.step(batches(1)[0], content_of())
+    before = {name: t.clone() for name, t in one.model.state_tensors().items()}
+    assert one.step(Batch.collate([hidden]), content_of(), evidence) is None
+    moved = {name for name, t in one.model.state_tensors().items() if not torch.equal(t, before[name])}
+    assert moved <= {"score_moments"}
+    assert one.steps == 1
+    assert one.step(batches(1)[0], content_of()) is not None
 
 
 @given(sizes=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 8)), min_size=1, max_size=6), seed=st.integers(0, 99))
