@@ -175,18 +175,22 @@ def _ahead(ahead: str | None, settings: Settings) -> int:
 @contextlib.contextmanager
 def open_log(config: Path | None, capture: Path | None) -> Iterator[tuple[Log, Settings, Selection | None]]:
     """The log to read, the settings in force for it, and for a capture what it holds."""
+    from threadpoolctl import threadpool_limits
+
     from streams.frame import Frame
     from streams.replay.capture import CaptureLog
     from streams.replay.log import BrokerLog
 
-    if capture is not None:
-        captured = CaptureLog(capture)
-        # Its own settings, unless others are named: a capture replays anywhere.
-        yield captured, captured.settings() if config is None else load(config), captured.selection()
-        return
-    settings = load(config)
-    with BrokerLog(settings.kafka, Frame.load(settings.artefacts)) as log:
-        yield log, settings, None
+    # As in the labels role: with more, a product's last bits could be others.
+    with threadpool_limits(1):
+        if capture is not None:
+            captured = CaptureLog(capture)
+            # Its own settings, unless others are named: a capture replays anywhere.
+            yield captured, captured.settings() if config is None else load(config), captured.selection()
+            return
+        settings = load(config)
+        with BrokerLog(settings.kafka, Frame.load(settings.artefacts)) as log:
+            yield log, settings, None
 
 
 @contextlib.contextmanager

@@ -113,6 +113,9 @@ class Requests:
             for variant in self._variants:
                 variant.joiner.add_feedback(record, source)
             return
+        if any(variant.joiner.is_over(record.ts) for variant in self._variants):
+            self.walk.refused["recalls"] += 1  # its feedback is let go already; the labels role refuses it as late
+            return
         seen = [variant.joiner.duplicate_recalls for variant in self._variants]
         for variant in self._variants:
             variant.joiner.add_recall(record, source)

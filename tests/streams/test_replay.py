@@ -148,6 +148,20 @@ def test_malformed_records_and_records_from_the_future_are_counted_and_label_not
     assert replay.progress.refused["recalls"] == 2
 
 
+def test_a_recall_that_comes_when_its_retention_is_over_is_refused_and_changes_no_other_label():
+    world, alone = World(6), World(6)
+    records = world.events(20)
+    assert alone.events(20) == records
+    recalls = [record for record in records if isinstance(record, Recall)]
+    over = int((LABELS.window_seconds + LABELS.retention_seconds + LABELS.allowed_lateness_seconds) * 1000)
+    late = msgspec.structs.replace(recalls[-1], request_id="late", ts=recalls[-1].ts - over - 1_000)
+    alone.send(records)
+    world.send([*records, late])
+    replay = Replay(world.log, EVERYTHING, Setup.of(SETTINGS, FRAME))
+    assert said(list(replay)) == said(run(alone.log))
+    assert replay.progress.refused["recalls"] == 1
+
+
 def test_requests_whose_window_the_log_does_not_end_are_known():
     world = World(6)
     world.send(world.events(10))
