@@ -192,6 +192,9 @@ class TrainerSettings(Section):
     )
     evidence: bool = Field(True, description="scale lambda by the evidence that anchor scores tell of clicks")
     negatives_weight: float = Field(1.0, ge=0, description="weight of unexposed candidates as not clicked")
+    negatives: Literal["softmax", "pointwise"] = Field(
+        "softmax", description="softmax ranks clicks above them; pointwise is milder to rare items"
+    )
     loss: Literal["listwise", "pointwise"] = "listwise"
     shadow: bool = Field(
         False, description="train an exposed-only twin beside it, to see the gain of pseudo-labels live"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -24,11 +25,13 @@ _CHUNK = 256
 
 @dataclass(frozen=True)
 class Parts:
-    """What of GPL is on. ``weight``: lambda; ``confidence`` False: every label weighs the same."""
+    """What of GPL is on. ``weight``: lambda; ``negatives``, ``form``, ``source``: their weight, loss and where they are
+    from. A factor of confidence that is False is left out."""
 
     generator: Generator = "small-lm"
     weight: float = 1.0
     negatives: float = 1.0
+    form: Literal["softmax", "pointwise"] = "softmax"
     source: Source = "recalled"
     centred: bool = True
     downsample: bool = True
@@ -59,7 +62,7 @@ def gpl(bench: Bench, parts: Parts) -> Scores:
     kept = pairs.exposed | ~np.isnan(labels.score)
     pairs = pairs.keep(kept)
     columns = Columns(labels.score[kept], labels.label[kept], labels.confidence[kept])
-    loss = LossConfig(pseudo_weight=parts.weight, negatives_weight=parts.negatives)
+    loss = LossConfig(pseudo_weight=parts.weight, negatives_weight=parts.negatives, negatives=parts.form)
 
     weight = evidence_weight(pairs, columns.score)
 

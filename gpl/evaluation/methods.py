@@ -22,7 +22,7 @@ class Method:
     """``grid``: values of each setting, one being chosen on validation users, beside the fixed ``settings``.
 
     A method that is ``like`` another starts from the settings chosen for the other, changes ``settings``, and then
-    searches its own grid. So GPL takes all but lambda from its own form without pseudo-labels.
+    searches its own grid. So GPL starts from the negatives that are best without pseudo-labels, and may choose others.
     """
 
     name: str
@@ -35,8 +35,9 @@ class Method:
 
     def tuned(self, base: Settings, score: Callable[[dict[str, Any]], float]) -> dict[str, Any]:
         """The settings with the highest ``score``, searched one setting after the other in the grid's order, starting
-        from ``base``, the fixed ones, and the first value of each."""
-        chosen = {**base, **self.settings, **{name: values[0] for name, values in self.grid.items()}}
+        from ``base`` and the fixed ones; where these leave the grid, from its first value."""
+        chosen = {**base, **self.settings}
+        chosen |= {name: values[0] for name, values in self.grid.items() if chosen.get(name) not in values}
         best = None
         for name, values in self.grid.items():
             tried = {value: {**chosen, name: value} for value in values}
@@ -74,7 +75,8 @@ _OFF = {"dispersion": False, "history": False, "generation": False}
 _NEGATIVES = {"weight": (1.0, 0.3, 3.0), "source": ("recalled", "uniform")}
 _TAUGHT = {"weight": (1.0, 0.3)}
 
-_LAMBDAS = {"weight": (1.0, 0.3, 3.0)}
+_FORM = {"form": ("softmax", "pointwise"), "source": ("recalled", "uniform"), "negatives": (1.0, 3.0, 10.0)}
+_LABELS = {"weight": (1.0, 0.1, 0.3, 3.0, 10.0), "source": ("recalled", "uniform"), "form": ("softmax", "pointwise")}
 
 METHODS: tuple[Method, ...] = (
     Method("popularity", "Popularity", "untrained", _popularity),
@@ -111,7 +113,7 @@ METHODS: tuple[Method, ...] = (
         "GPL's own loss without pseudo-labels",
         "no pseudo-labels",
         _gpl,
-        {"negatives": (1.0, 3.0), "source": ("recalled", "uniform")},
+        _FORM,
         settings={"generator": "history", "weight": 0.0},
     ),
     Method(
@@ -138,13 +140,13 @@ METHODS: tuple[Method, ...] = (
         _TAUGHT,
         settings={"generator": "history"},
     ),
-    Method("gpl", "GPL", "gpl", _gpl, _LAMBDAS, like="no-labels"),
+    Method("gpl", "GPL", "gpl", _gpl, _LABELS, like="no-labels"),
     Method(
         "mean-labels",
         "Mean-history labels instead of a generator's",
         "pseudo-labels",
         _gpl,
-        _LAMBDAS,
+        _LABELS,
         like="no-labels",
         settings={"generator": "mean"},
     ),

@@ -29,7 +29,7 @@ class Met:
 
 @dataclass(frozen=True)
 class AnchorView:
-    """One anchor. ``probability`` is of the whole SID. ``confidence`` is the product of the factors that are in force,
+    """One anchor. ``probability`` is of the whole SID. ``confidence`` is the geometric mean of the factors in force,
     which a label has whose best anchor this one is.
     """
 

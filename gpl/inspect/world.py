@@ -258,7 +258,12 @@ class Inspector:
         calibration = ", ".join(
             f"{k} {v:.3g}" if isinstance(v, float) else f"{v}" for k, v in _scalars(self._artefacts)
         )
-        return f"matching: {matching}; confidence: {' x '.join(names) or '1'}; calibration: {calibration}"
+        return f"matching: {matching}; confidence: {_mean(names)}; calibration: {calibration}"
+
+
+def _mean(names: Sequence[str]) -> str:
+    product = " x ".join(names) or "1"
+    return product if len(names) < 2 else f"({product})^(1/{len(names)})"
 
 
 def _scalars(artefacts: Artefacts) -> list[tuple[str, object]]:

@@ -1,6 +1,8 @@
-"""The three confidence factors of a pseudo-label, each in [0, 1]. Named by the paper, formulas ours (method.md)."""
+"""Confidence of a pseudo-label and its three factors, each in [0, 1]. Named by the paper, formulas ours (method.md)."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +53,17 @@ def generation_factor(logprobs: Floats, levels: int) -> Floats:
     if np.isnan(values).any() or (values > 1e-4).any():
         raise ValueError(f"logprobs: {logprobs!r}, expected logs of probabilities, at most 0")
     return np.exp(np.minimum(values, 0.0) / levels).astype(np.float32)
+
+
+def confidence(factors: Sequence[float | Floats], count: int) -> Floats:
+    """Confidence (count,) of a label by its best anchor: the geometric mean of ``factors``, each a number or (count,).
+
+    A factor of 0 makes it 0; without factors it is 1. Their product would be far too sharp: see docs/method.md.
+    """
+    weight = np.ones(count, dtype=np.float64)
+    for factor in factors:
+        weight *= np.asarray(factor, dtype=np.float64)
+    return (weight ** (1.0 / max(len(factors), 1))).astype(np.float32)
 
 
 def _rows(name: str, vectors: Floats, count: int) -> npt.NDArray[np.float64]:

@@ -8,13 +8,13 @@ from typing import Literal
 import numpy as np
 
 from gpl.labels.calibration import Calibration
-from gpl.labels.confidence import dispersion_factor, generation_factor
+from gpl.labels.confidence import confidence, dispersion_factor, generation_factor
 from gpl.labels.matching import Floats, Ints, kernel, max_cosine
 
 
 @dataclass(frozen=True)
 class Config:
-    """What a label is made of. A factor that is off counts as 1."""
+    """What a label is made of. Confidence is the geometric mean of the factors that are on."""
 
     matching: Literal["max", "kernel"] = "max"
     kernel_tau: float = 0.1
@@ -62,14 +62,14 @@ class PreparedAnchors:
         outside = ~((past >= 0) & (past <= 1))
         if outside.any():
             raise ValueError(f"history_factor: {past[outside][0]}, expected within [0, 1]")
-        weight = np.ones(len(anchors), dtype=np.float64)
+        factors: list[float | Floats] = []
         if config.dispersion:
-            weight *= dispersion_factor(anchors, logs)
+            factors.append(dispersion_factor(anchors, logs))
         if config.history:
-            weight *= past
+            factors.append(past)
         if config.generation:
-            weight *= generation_factor(logs, levels)
-        return cls(anchors, logs, weight.astype(np.float32), config)
+            factors.append(generation_factor(logs, levels))
+        return cls(anchors, logs, confidence(factors, len(anchors)), config)
 
 
 @dataclass(frozen=True)

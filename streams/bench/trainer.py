@@ -206,7 +206,7 @@ def _bare(workload: Workload, values: list[bytes], warm: int, settings: TrainerS
         batches.append(Batch.collate([p.example for p in prepare(labels, fresh, rows)]))
     model = PreRanker(workload.load.dim, settings.dim, settings.seed)
     model.grow(users.size, items.size)
-    loss = LossConfig(settings.loss, settings.pseudo_weight, settings.negatives_weight)
+    loss = LossConfig(settings.loss, settings.pseudo_weight, settings.negatives_weight, settings.negatives)
     learner = Learner(model, loss, settings.learning_rate, settings.weight_decay)
     timed = warm // settings.batch_records
     for batch in batches[:timed]:

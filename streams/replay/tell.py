@@ -131,8 +131,8 @@ def _calculation(story: dict[str, Any]) -> RenderableType | None:
     said = steps["calibration"]
     lines.add_row("label", f"{steps['label']:.6f}", f"{said['formula']}, calibration {said['version']}")
     for name, factor in steps["factors"].items():
-        lines.add_row(name, f"{factor['value']:.6f}", "" if factor["used"] else "off: counts as 1")
-    lines.add_row("confidence", f"{steps['confidence']:.6f}", "their product")
+        lines.add_row(name, f"{factor['value']:.6f}", "" if factor["used"] else "off: left out")
+    lines.add_row("confidence", f"{steps['confidence']:.6f}", "the geometric mean of those in force")
     return lines
 
 

@@ -30,7 +30,17 @@ LABELS = frozenset(
     }
 )
 TRAINER = frozenset(
-    {"pseudo_weight", "evidence", "negatives_weight", "loss", "learning_rate", "weight_decay", "dim", "seed"}
+    {
+        "pseudo_weight",
+        "evidence",
+        "negatives_weight",
+        "negatives",
+        "loss",
+        "learning_rate",
+        "weight_decay",
+        "dim",
+        "seed",
+    }
 )
 PROFILES = frozenset(
     {"drift_threshold", "drift_delta", "min_interval_seconds", "max_age_seconds", "min_positives", "max_positives"}

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpl.labels.confidence import dispersion_factor, generation_factor, history_factor
+from gpl.labels.confidence import confidence, dispersion_factor, generation_factor, history_factor
 
 
 def unit(rng, rows, dim=6):
@@ -64,6 +64,13 @@ def test_generation_is_the_geometric_mean_token_probability():
     factor = generation_factor(np.log(tokens.prod(axis=1)).astype(np.float32), levels=3)
     np.testing.assert_allclose(factor, [(0.5 * 0.25 * 0.1) ** (1 / 3), 0.9], rtol=1e-6)
     assert generation_factor(np.float32([0, -np.inf]), levels=3).tolist() == [1, 0]
+
+
+def test_confidence_is_the_geometric_mean_of_what_is_there():
+    a, b = np.float32([0.5, 0.0, 1.0]), np.float32([0.25, 0.9, 1.0])
+    np.testing.assert_allclose(confidence([0.125, a, b], 3), [0.25, 0.0, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(confidence([a], 3), a)
+    assert confidence([], 2).tolist() == [1, 1]
 
 
 def test_bad_input_is_named():

@@ -43,6 +43,7 @@ def test_labels_equal_a_plain_recomputation(matching, dispersion, history, gener
     raw = cos.max(axis=1) if matching == "max" else terms.sum(axis=1)
     best = (cos if matching == "max" else terms).argmax(axis=1)
     confidence = np.ones(len(items))
+    power = 1 / max(1, dispersion + history + generation)
     if dispersion:
         confidence *= dispersion_factor(a, logs)
     if history:
@@ -52,7 +53,7 @@ def test_labels_equal_a_plain_recomputation(matching, dispersion, history, gener
     np.testing.assert_allclose(got.score, raw, atol=1e-6)
     np.testing.assert_allclose(got.label, 1 / (1 + np.exp(-(4 * raw - 1))), atol=2e-6)
     np.testing.assert_array_equal(got.best, best)
-    np.testing.assert_allclose(got.confidence, confidence, atol=1e-6)
+    np.testing.assert_allclose(got.confidence, confidence**power, atol=1e-6)
     assert {c.dtype for c in (got.score, got.label, got.confidence)} == {np.dtype(np.float32)}
 
 

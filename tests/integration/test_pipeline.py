@@ -160,7 +160,7 @@ def recomputed(label: contracts.Label, anchors: UserAnchors, unit: dict[str, np.
     best = cosine.argmax(axis=1)
     score = cosine.max(axis=1)
     history = np.array(anchors.history_factor)
-    confidence = (1 - np.clip(spread, 0, 1)) * history[best] * np.exp(logprob[best] / LEVELS)
+    confidence = np.cbrt((1 - np.clip(spread, 0, 1)) * history[best] * np.exp(logprob[best] / LEVELS))
     return np.stack([score, 1 / (1 + np.exp(-(2.5 * score - 1.0))), confidence], axis=1)
 
 

@@ -69,7 +69,7 @@ def expected(world: World, items: list[str], calibration: contracts.Calibration)
         cosines = a @ world.vectors[item].astype(np.float64)
         best = int(np.argmax(cosines))
         label = 1 / (1 + np.exp(-(calibration.slope * cosines[best] + calibration.intercept)))
-        confidence = dispersion * world.anchors.history_factor[best] * np.exp(logprob[best] / LEVELS)
+        confidence = np.cbrt(dispersion * world.anchors.history_factor[best] * np.exp(logprob[best] / LEVELS))
         rows.append((cosines[best], label, confidence))
     return rows
 
