@@ -68,29 +68,52 @@ class Batch:
             raise ValueError("examples: none, expected at least one")
         sizes = np.array([len(e.item_row) for e in examples])
         shown = np.array([len(e.clicked) for e in examples])
-        item_row = np.concatenate([e.item_row for e in examples]).astype(np.int64)
-        content_row = np.concatenate([e.content_row for e in examples]).astype(np.int64)
+        request = np.repeat(np.arange(len(examples)), sizes)
+        position = np.arange(len(request)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        return cls.of(
+            user_row=np.array([e.user_row for e in examples], dtype=np.int64),
+            item_row=np.concatenate([e.item_row for e in examples]).astype(np.int64),
+            content_row=np.concatenate([e.content_row for e in examples]).astype(np.int64),
+            request=request,
+            exposed=position < shown[request],
+            score=np.concatenate([e.score for e in examples]).astype(np.float32),
+            clicked=np.concatenate([e.clicked for e in examples]),
+            label=np.concatenate([e.label for e in examples]),
+            confidence=np.concatenate([e.confidence for e in examples]),
+        )
+
+    @classmethod
+    def of(
+        cls,
+        user_row: Ints,
+        item_row: Ints,
+        content_row: Ints,
+        request: Ints,
+        exposed: npt.NDArray[np.bool_],
+        score: Floats,
+        clicked: Floats,
+        label: Floats,
+        confidence: Floats,
+    ) -> Batch:
+        """From the pairs of R requests one after another: ``user_row`` (R,); ``item_row``, ``content_row``,
+        ``request``, ``exposed`` and ``score`` (P,); ``clicked`` of the exposed pairs alone, ``label`` and
+        ``confidence`` of the others."""
         # One key for id row and content row: unknown items share row 0 and still differ in content.
         width = int(content_row.max(initial=-1)) + 2
         keys, item = np.unique(item_row * width + content_row + 1, return_inverse=True)
-        request = np.repeat(np.arange(len(examples)), sizes)
-        position = np.arange(len(request)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        exposed = position < shown[request]
-        clicked, label, confidence = (np.zeros(len(request), dtype=np.float32) for _ in range(3))
-        clicked[exposed] = np.concatenate([e.clicked for e in examples])
-        label[~exposed] = np.concatenate([e.label for e in examples])
-        confidence[~exposed] = np.concatenate([e.confidence for e in examples])
+        columns = {name: np.zeros(len(request), dtype=np.float32) for name in ("clicked", "label", "confidence")}
+        columns["clicked"][exposed] = clicked
+        columns["label"][~exposed] = label
+        columns["confidence"][~exposed] = confidence
         return cls(
-            user_row=np.array([e.user_row for e in examples], dtype=np.int64),
+            user_row=user_row,
             item_row=keys // width,
             content_row=keys % width - 1,
             request=request,
             item=item,
-            score=np.concatenate([e.score for e in examples]).astype(np.float32),
+            score=score,
             exposed=exposed,
-            clicked=clicked,
-            label=label,
-            confidence=confidence,
+            **columns,
         )
 
     def exposed_only(self) -> Batch:

@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpl.catalogue import Catalogue
-from gpl.preranker.batch import Batch
 from gpl.preranker.ids import GrowingIds
 from gpl.preranker.learner import Learner
 from gpl.preranker.loss import LossConfig
@@ -35,7 +34,7 @@ from streams.topics import full_name
 from streams.trainer import intake, loop
 from streams.trainer.batch import Rows, prepare
 from streams.trainer.batch_journal import BatchJournal
-from streams.trainer.dedup import DedupWindow
+from streams.trainer.columns import Columns
 from streams.trainer.start import StartFrom
 from streams.trainer.trainer import Trainer
 from streams.views import vector_bytes
@@ -198,12 +197,13 @@ def throughput(workload: Workload, values: list[bytes], warm: int, settings: Set
 def _bare(workload: Workload, values: list[bytes], warm: int, settings: TrainerSettings) -> Throughput:
     catalogue = workload.catalogue()
     users, items = GrowingIds(settings.max_users), GrowingIds(settings.max_items)
-    rows, window = Rows(users, items, catalogue), DedupWindow(settings.dedup_requests)
+    rows = Rows(users, items, catalogue)
     batches = []
     for start in range(0, len(values), settings.batch_records):
-        labels = [intake.parse(value) for value in values[start : start + settings.batch_records]]
-        fresh = [new for label in labels if (new := window.admit(label)) is not None]
-        batches.append(Batch.collate([p.example for p in prepare(labels, fresh, rows)]))
+        labels = _read(values[start : start + settings.batch_records])
+        batch = prepare(labels, [True] * len(labels), rows).batch
+        assert batch is not None
+        batches.append(batch)
     model = PreRanker(workload.load.dim, settings.dim, settings.seed)
     model.grow(users.size, items.size)
     loss = LossConfig(settings.loss, settings.pseudo_weight, settings.negatives_weight, settings.negatives)
@@ -223,12 +223,16 @@ def _in_memory(workload: Workload, values: list[bytes], warm: int, settings: Tra
 
     def train(first: int, end: int) -> None:
         for start in range(first, end, size):
-            trainer.step([intake.parse(value) for value in values[start : start + size]])
+            trainer.train(_read(values[start : start + size]))
 
     train(0, warm)
     clock = _Clock()
     train(warm, len(values))
     return clock.throughput(workload, len(values) - warm)
+
+
+def _read(values: list[bytes]) -> list[Columns]:
+    return [label for label in intake.read(values) if isinstance(label, Columns)]
 
 
 def _from_kafka(workload: Workload, total: int, warm: int, settings: Settings) -> Throughput:

@@ -4,36 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
 from gpl.catalogue import Catalogue
-from gpl.labels.matching import Ints
-from gpl.preranker.batch import Example
+from gpl.labels.matching import Floats, Ints
+from gpl.preranker.batch import Batch
 from gpl.preranker.ids import GrowingIds
-from streams.contracts import Exposed, Label, Unexposed
-from streams.trainer.dedup import Fresh
+from streams.trainer.columns import Columns
 
-_NOTHING = Unexposed([], [], [], [])
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request of a batch, for what is told of it. ``items``, ``score`` (n,): what is trained on, exposed ones first.
+
+    ``first``: no earlier revision of it was trained on.
+    """
+
+    request_id: str
+    user_id: str
+    ts: int
+    first: bool
+    items: list[str]
+    score: Floats
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What of one label record is trained on. ``items``: ids, parallel to the example's rows, exposed ones first.
+    """What of label records is trained on. ``requests``: those with a trainable item, parallel to the batch's; both
+    are empty when there is none. ``skipped``: items left out because the catalogue has no vector of them."""
 
-    ``skipped``: items left out because the catalogue has no vector of them.
-    """
-
-    label: Label
-    first: bool
-    items: list[str]
-    example: Example
+    requests: list[Request]
+    batch: Batch | None
     skipped: int
-
-    @property
-    def exposed(self) -> int:
-        """Number of exposed items."""
-        return len(self.example.clicked)
 
 
 class Rows:
@@ -75,64 +79,51 @@ class Rows:
         self._generation = -1
 
 
-def prepare(labels: Sequence[Label], fresh: Sequence[Fresh], rows: Rows) -> list[Prepared]:
-    """Rows of what is new in each record; users and items not met before are added to the tables, all seen at its time.
+def prepare(labels: Sequence[Columns], first: Sequence[bool], rows: Rows) -> Prepared:
+    """Label records as a batch; users and items not met before are added to the tables, all seen at its time.
 
-    An item without a vector is left out, now and for good: its label counts as handled. A user without a trainable
-    item gets no row. Done for all records at once, as numpy's calls cost more than what they do for one.
+    ``labels``: what is new in each record; ``first``: whether its request is. An item without a vector is left out,
+    now and for good: its label counts as handled. A user without a trainable item gets no row.
     """
-    if not labels:
-        return []
-    exposed = [_fresh(label.exposed, new) for label, new in zip(labels, fresh, strict=True)]
-    hidden = [label.unexposed if new.pseudo else _NOTHING for label, new in zip(labels, fresh, strict=True)]
-    names = [name for pair in zip(exposed, hidden, strict=True) for part in pair for name in part.item]
-    # None becomes NaN: no anchors, no score.
-    score = np.array([s for pair in zip(exposed, hidden, strict=True) for part in pair for s in part.score], np.float32)
-    clicked = np.array([click for part in exposed for click in part.clicked], np.float32)
-    pseudo = np.array([value for part in hidden for value in part.label], np.float32)
-    confidence = np.array([value for part in hidden for value in part.confidence], np.float32)
-
-    shown = np.array([len(part.item) for part in exposed])
-    sizes = shown + np.array([len(part.item) for part in hidden])
+    names = list(chain.from_iterable(label.items for label in labels))
+    if not names:
+        return Prepared([], None, 0)
+    score, clicked, label_, confidence = (
+        np.concatenate([getattr(label, name) for label in labels])
+        for name in ("score", "clicked", "label", "confidence")
+    )
+    sizes, shown = np.array([len(label.items) for label in labels]), np.array([label.shown for label in labels])
     record = np.repeat(np.arange(len(labels)), sizes)
     is_shown = np.arange(len(names)) - np.repeat(np.cumsum(sizes) - sizes, sizes) < shown[record]
     content_row = rows.content(names)
     known = content_row >= 0
-    if not known.all():
+    skipped = len(names) - int(np.count_nonzero(known))
+    if skipped:
         names = [names[i] for i in np.flatnonzero(known).tolist()]
-        clicked, pseudo, confidence = clicked[known[is_shown]], pseudo[known[~is_shown]], confidence[known[~is_shown]]
+        clicked, label_, confidence = clicked[known[is_shown]], label_[known[~is_shown]], confidence[known[~is_shown]]
         content_row, score, record, is_shown = content_row[known], score[known], record[known], is_shown[known]
+    if not names:
+        return Prepared([], None, skipped)
     ts = np.array([label.ts for label in labels], np.int64)
     item_row = rows.items(names, content_row, ts[record])
-    kept, kept_shown = (np.bincount(part, minlength=len(labels)) for part in (record, record[is_shown]))
-    users = np.zeros(len(labels), np.int64)
+    kept = np.bincount(record, minlength=len(labels))
     some = np.flatnonzero(kept)
-    users[some] = rows.users([labels[i].user_id for i in some.tolist()], ts[some])
-
-    made = []
-    ends, shown_ends = np.cumsum(kept).tolist(), np.cumsum(kept_shown).tolist()
-    start = shown_start = 0
-    for i, label in enumerate(labels):
-        end, shown_end = ends[i], shown_ends[i]
-        hidden_start, hidden_end = start - shown_start, end - shown_end
-        example = Example(
-            user_row=int(users[i]),
-            item_row=item_row[start:end],
-            content_row=content_row[start:end],
-            score=score[start:end],
-            clicked=clicked[shown_start:shown_end],
-            label=pseudo[hidden_start:hidden_end],
-            confidence=confidence[hidden_start:hidden_end],
-        )
-        made.append(Prepared(label, fresh[i].first, names[start:end], example, int(sizes[i]) - (end - start)))
-        start, shown_start = end, shown_end
-    return made
-
-
-def _fresh(exposed: Exposed, new: Fresh) -> Exposed:
-    rows = new.exposed
-    if len(rows) == len(exposed.item):
-        return exposed
-    return Exposed(
-        [exposed.item[i] for i in rows], [exposed.clicked[i] for i in rows], [exposed.score[i] for i in rows]
+    users = rows.users([labels[i].user_id for i in some.tolist()], ts[some])
+    batch = Batch.of(
+        user_row=users,
+        item_row=item_row,
+        content_row=content_row,
+        request=(np.cumsum(kept > 0) - 1)[record],
+        exposed=is_shown,
+        score=score,
+        clicked=clicked,
+        label=label_,
+        confidence=confidence,
     )
+    requests = []
+    end = 0
+    for i in some.tolist():
+        label, start, end = labels[i], end, end + int(kept[i])
+        own = label.items if len(label.items) == end - start else names[start:end]
+        requests.append(Request(label.request_id, label.user_id, label.ts, first[i], own, score[start:end]))
+    return Prepared(requests, batch, skipped)

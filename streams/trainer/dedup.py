@@ -14,11 +14,12 @@ repeat or correct a label.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
 
-from streams.contracts import Label
+from streams.trainer.columns import Columns
 
 
 class Trained(msgspec.Struct, array_like=True):
@@ -34,7 +35,7 @@ class Fresh:
     """What of a record is new. ``exposed``: indices into its exposed columns; ``first``: the request is new."""
 
     first: bool
-    exposed: list[int]
+    exposed: Sequence[int]
     pseudo: bool
 
 
@@ -50,25 +51,24 @@ class DedupWindow:
     def __len__(self) -> int:
         return len(self._requests)
 
-    def admit(self, label: Label) -> Fresh | None:
+    def admit(self, label: Columns) -> Fresh | None:
         """What to train of this record, now counted as trained; None when it is a redelivery."""
         known = self._requests.get(label.request_id)
+        exposed, has_pseudo = label.items[: label.shown], len(label.items) > label.shown
         if known is None:
-            self._requests[label.request_id] = Trained(
-                label.revision, list(label.exposed.item), bool(label.unexposed.item)
-            )
+            self._requests[label.request_id] = Trained(label.revision, exposed, has_pseudo)
             if len(self._requests) > self._capacity:
                 del self._requests[next(iter(self._requests))]
-            return Fresh(first=True, exposed=list(range(len(label.exposed.item))), pseudo=bool(label.unexposed.item))
+            return Fresh(True, range(label.shown), has_pseudo)
         if label.revision <= known.revision:
             return None
         done = set(known.exposed)
-        fresh = [i for i, item in enumerate(label.exposed.item) if item not in done]
-        pseudo = bool(label.unexposed.item) and not known.pseudo
+        fresh = [i for i, item in enumerate(exposed) if item not in done]
+        pseudo = has_pseudo and not known.pseudo
         known.revision = label.revision
-        known.exposed += [label.exposed.item[i] for i in fresh]
+        known.exposed += [exposed[i] for i in fresh]
         known.pseudo = known.pseudo or pseudo
-        return Fresh(first=False, exposed=fresh, pseudo=pseudo)
+        return Fresh(False, fresh, pseudo)
 
     def state(self) -> list[tuple[str, Trained]]:
         """For the checkpoint, oldest first."""

@@ -1,37 +1,45 @@
-"""What may be trained on: a label record is decoded and checked here, and nothing unchecked goes further."""
+"""What may be trained on: label records are decoded and checked here, and nothing unchecked goes further."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from streams.contracts import Label, decode
 from streams.dead_letters import Refused
+from streams.trainer.columns import Columns, Flat
 
 _SCORE_LIMIT = 1.001  # a cosine of float32 unit vectors, rounded
 
 
-def parse(value: bytes | None) -> Label:
-    """One record of ``gpl.labels``. Raises Refused (names field and value) or msgspec.DecodeError."""
-    if value is None:
-        raise Refused("invalid", "value: null; labels are never removed")
-    label = decode(Label, value)
-    _check(label)
-    return label
+def read(values: Sequence[bytes | None]) -> list[Columns | ValueError]:
+    """Values of ``gpl.labels`` in order, each as columns, or what is wrong with it: Refused, which names field and
+    value, or msgspec.DecodeError.
 
-
-def parsed(records: Iterable[Any]) -> Iterator[tuple[Any, Label | Exception]]:
-    """Kafka records in order, each with its label, or with what is wrong with it."""
-    for record in records:
+    Many at once: the columns of all are made and checked together, and looked at one by one only when something in
+    them is wrong.
+    """
+    found: list[Label | ValueError] = []
+    for value in values:
         try:
-            yield record, parse(record.value)
+            found.append(_decoded(value))
         except ValueError as error:  # msgspec's errors of decoding are ValueErrors too
-            yield record, error
+            found.append(error)
+    flat = _checked(found)
+    if flat is None:
+        found = [label if isinstance(label, ValueError) else _refusal(label) or label for label in found]
+    labels = [label for label in found if isinstance(label, Label)]
+    made = iter((flat or Flat.of(labels)).split(labels))
+    return [label if isinstance(label, ValueError) else next(made) for label in found]
 
 
-def newest_of(records: Iterable[Any]) -> int | None:
-    """The newest ``gpl-newest-at`` among records; None when none has one."""
-    return max((at for record in records if (at := newest_at(record.headers)) is not None), default=None)
+def newest_of(times: Iterable[int | None]) -> int | None:
+    """The newest of the times that there are; None when there is none."""
+    return max((at for at in times if at is not None), default=None)
 
 
 def newest_at(headers: Sequence[tuple[str, bytes]] | None) -> int | None:
@@ -39,6 +47,71 @@ def newest_at(headers: Sequence[tuple[str, bytes]] | None) -> int | None:
     for name, data in headers or ():
         if name == "gpl-newest-at" and data.isdigit():
             return int(data)
+    return None
+
+
+def _decoded(value: bytes | None) -> Label:
+    if value is None:
+        raise Refused("invalid", "value: null; labels are never removed")
+    return decode(Label, value)
+
+
+def _checked(found: Iterable[Label | ValueError]) -> Flat | None:
+    """The columns of all labels when all are sound, by the rules of ``_check``; None when any is not."""
+    labels = [label for label in found if isinstance(label, Label)]
+    if not all(map(_sound, labels)):
+        return None
+    try:
+        flat = Flat.of(labels)
+    except OverflowError:
+        return None
+    exposed = np.repeat([True, False] * len(labels), list(chain.from_iterable(map(_sizes, labels))))
+    sound = (
+        _all_within(flat.score, _SCORE_LIMIT, -_SCORE_LIMIT, exposed)
+        and _all_within(flat.clicked, 1)
+        and _all_within(flat.label, 1)
+        and _all_within(flat.confidence, 1)
+    )
+    return flat if sound else None
+
+
+def _sound(label: Label) -> bool:
+    """All but the values of the columns."""
+    shown, hidden = label.exposed, label.unexposed
+    m, n = _sizes(label)
+    items = set(shown.item)
+    items.update(hidden.item)
+    return bool(
+        label.request_id
+        and label.user_id
+        and label.revision >= 0
+        and label.ts >= 0
+        and len(shown.clicked) == len(shown.score) == m
+        and len(hidden.score) == len(hidden.label) == len(hidden.confidence) == n
+        and len(items) == m + n
+        and "" not in items
+    )
+
+
+def _sizes(label: Label) -> tuple[int, int]:
+    return len(label.exposed.item), len(label.unexposed.item)
+
+
+def _all_within(
+    values: NDArray[np.float64], high: float, low: float = 0, may_lack: NDArray[np.bool_] | None = None
+) -> bool:
+    """``may_lack``: where NaN stands for a value that there is not."""
+    within = (values >= low) & (values <= high)
+    if may_lack is not None:
+        within |= np.isnan(values) & may_lack
+    return bool(within.all())
+
+
+def _refusal(label: Label) -> Refused | None:
+    try:
+        _check(label)
+    except Refused as error:
+        return error
     return None
 
 

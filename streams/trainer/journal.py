@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 import structlog
 
-from streams.trainer.batch import Prepared
+from streams.trainer.batch import Request
 from streams.trainer.validation import Evaluated
 
 log = structlog.get_logger()
@@ -53,10 +53,10 @@ class Journal:
         self._file.close()
 
 
-def journal_lines(prepared: Sequence[Prepared], evaluated: Evaluated) -> Iterator[dict[str, Any]]:
+def journal_lines(requests: Sequence[Request], evaluated: Evaluated) -> Iterator[dict[str, Any]]:
     """Lines of requests that were evaluated, parallel to ``evaluated``'s."""
-    for p, own in zip(prepared, evaluated.split(), strict=True):
-        about = {"request_id": p.label.request_id, "user_id": p.label.user_id, "ts": p.label.ts}
+    for p, own in zip(requests, evaluated.split(), strict=True):
+        about = {"request_id": p.request_id, "user_id": p.user_id, "ts": p.ts}
         for i, clicked in enumerate(own.clicked.tolist()):
             scores = {name: float(values[i]) for name, values in own.logits.items()}
             yield {"kind": "score", **about, "item": p.items[i], "clicked": int(clicked), "score": scores}

@@ -7,6 +7,7 @@ of what a restarted trainer resumes from, nor of the batches from which it can b
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Mapping
@@ -20,7 +21,6 @@ import torch
 
 from gpl.catalogue import Catalogue
 from streams import dead_letters, metrics
-from streams.contracts import Label
 from streams.frame import Frame
 from streams.kafka import producer
 from streams.log_view import LogView
@@ -30,6 +30,7 @@ from streams.topics import full_name
 from streams.trainer import intake
 from streams.trainer.batch_journal import Batch, BatchJournal, Run, ranges, software
 from streams.trainer.checkpoint import CheckpointStore
+from streams.trainer.columns import Columns
 from streams.trainer.gate import Refusal
 from streams.trainer.journal import Journal
 from streams.trainer.publish import Publisher
@@ -75,6 +76,8 @@ def run(
     health.wait_for("trainer")
     with Loop(settings, frame or Frame.load(settings.artefacts), journal, StartFrom.parse(start_from, skip_to)) as loop:
         health.done("trainer")
+        # What was loaded stays: the collector need not walk through it each time that labels have filled its quota.
+        gc.freeze()
         try:
             while not stop.is_set():
                 loop.round()
@@ -194,17 +197,17 @@ class Loop:
         return self._moved
 
     def _train(self, records: list[Any]) -> None:
-        labels: list[Label] = []
-        for record, parsed in intake.parsed(records):
-            if isinstance(parsed, Exception):
-                self._dead_letter(record, parsed)
-            else:
+        labels: list[Columns] = []
+        for record, found in zip(records, intake.read([record.value for record in records]), strict=True):
+            if isinstance(found, Columns):
                 self._guard.accepted(record.topic, record.partition)
-                labels.append(parsed)
+                labels.append(found)
+            else:
+                self._dead_letter(record, found)
         metrics.EVENTS.labels("labels").inc(len(records))
         metrics.TRAINER_LAG_SECONDS.set(max(0.0, time.time() - max(r.timestamp for r in records) / 1000))
         try:
-            lines = self._trainer.step(labels, intake.newest_of(records))
+            lines = self._trainer.train(labels, intake.newest_of(intake.newest_at(r.headers) for r in records))
         except FloatingPointError as error:
             raise self._diverged(error) from error
         if self._journal is not None:

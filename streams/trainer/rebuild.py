@@ -26,6 +26,7 @@ from streams.topics import full_name
 from streams.trainer import intake
 from streams.trainer.batch_journal import Batch, BatchJournal, Run, software
 from streams.trainer.checkpoint import Checkpoint, CheckpointError, CheckpointStore
+from streams.trainer.columns import Columns
 from streams.trainer.publish import Candidate
 from streams.trainer.source import in_merge_order
 from streams.trainer.trainer import Trainer
@@ -191,8 +192,8 @@ class _Replay:
     def _train(self, step: int, batch: Batch) -> None:
         self._apply(dict(batch.vectors))
         records = in_merge_order(self._labels.take(batch.labels))
-        labels = [label for _, label in intake.parsed(records) if not isinstance(label, Exception)]
-        self.trainer.step(labels, intake.newest_of(records))
+        labels = [label for label in intake.read([r.value for r in records]) if isinstance(label, Columns)]
+        self.trainer.train(labels, intake.newest_of(intake.newest_at(r.headers) for r in records))
         self.positions.update({p: end for p, _, end in batch.labels})
         if self.first_difference is None and self.trainer.loss != batch.loss:
             log.warning("rebuild_differs", step=step, loss=self.trainer.loss, journal=batch.loss)

@@ -28,10 +28,11 @@ from streams.contracts import Label
 from streams.frame import Frame
 from streams.settings import TrainerSettings
 from streams.trainer import probe
-from streams.trainer.batch import Prepared, Rows, prepare
+from streams.trainer.batch import Prepared, Request, Rows, prepare
 from streams.trainer.calibration import CalibrationWindow
 from streams.trainer.checkpoint import Checkpoint
-from streams.trainer.dedup import DedupWindow, Fresh, Trained
+from streams.trainer.columns import Columns, columns
+from streams.trainer.dedup import DedupWindow, Trained
 from streams.trainer.journal import journal_lines
 from streams.trainer.publish import Candidate
 from streams.trainer.validation import Bools, ProgressiveWindow, evaluate, tail_threshold
@@ -86,7 +87,7 @@ class Trainer:
         self._window = ProgressiveWindow(settings.window_records, list(self._learners))
         self._calibration = CalibrationWindow()
         self._evidence = Evidence()
-        self._recent: deque[Prepared] = deque(maxlen=probe.REQUESTS)
+        self._recent: deque[Request] = deque(maxlen=probe.REQUESTS)
         self._newest_at: int | None = None
         self.loss: float | None = None
         self.step_count = 0
@@ -94,6 +95,10 @@ class Trainer:
         self.newest_event_ts = 0
 
     def step(self, labels: Sequence[Label], newest_at: int | None = None) -> list[dict[str, Any]]:
+        """Score, then train on, one mini-batch of checked label records; see :meth:`train`."""
+        return self.train(columns(labels), newest_at)
+
+    def train(self, labels: Sequence[Columns], newest_at: int | None = None) -> list[dict[str, Any]]:
         """Score, then train on, one mini-batch of checked label records; redeliveries in it are dropped.
 
         ``newest_at``: the newest source record of the batch, wall milliseconds. Returns the evaluation journal's lines.
@@ -101,18 +106,17 @@ class Trainer:
         """
         self.step_count += 1
         self.loss = None
-        prepared = self._admit(labels)
+        prepared, records = self._admit(labels)
         if newest_at is not None:
             self._newest_at = max(newest_at, self._newest_at or 0)
-        trainable = [p for p in prepared if p.items]
+        batch = prepared.batch
         lines: list[dict[str, Any]] = []
-        if trainable:
-            batch = Batch.collate([p.example for p in trainable])
+        if batch is not None:
             self._grow()
             exposed_rows = batch.item_row[batch.item[batch.exposed]]
             new, tail = self._exposures[exposed_rows] == 0, self._exposures[exposed_rows] <= self._tail
             logits = self._train(batch)
-            lines = self._validate(trainable, batch, logits, new, tail)
+            lines = self._validate(prepared.requests, batch, logits, new, tail)
             np.add.at(self._exposures, exposed_rows, 1)
             self._calibration.add(batch.score[batch.exposed], batch.clicked[batch.exposed])
             self._evidence.observe(
@@ -123,11 +127,11 @@ class Trainer:
                 batch.exposed,
                 batch.clicked,
             )
-            self._recent.extend(trainable)
+            self._recent.extend(prepared.requests)
         self._expire()
-        self.records += len(prepared)
+        self.records += records
         metrics.TRAINER_STEPS.inc()
-        metrics.TRAINER_RECORDS.inc(len(prepared))
+        metrics.TRAINER_RECORDS.inc(records)
         return lines
 
     def figures(self) -> dict[str, dict[str, float]]:
@@ -273,22 +277,22 @@ class Trainer:
         loss = LossConfig(settings.loss, pseudo_weight, negatives_weight, settings.negatives)
         return Learner(model, loss, settings.learning_rate, settings.weight_decay)
 
-    def _admit(self, labels: Sequence[Label]) -> list[Prepared]:
-        kept: list[Label] = []
-        fresh: list[Fresh] = []
+    def _admit(self, labels: Sequence[Columns]) -> tuple[Prepared, int]:
+        """What is new, and how many records had something new."""
+        kept: list[Columns] = []
+        first: list[bool] = []
         for label in labels:
-            space = (label.provenance.encoder, label.provenance.quantiser)
-            if space != (self._frame.encoder, self._frame.quantiser):
+            if label.space != (self._frame.encoder, self._frame.quantiser):
                 metrics.TRAINER_SKIPPED.labels("other_space").inc()  # its scores mean nothing beside these vectors
             elif (new := self._dedup.admit(label)) is None:
                 metrics.DUPLICATES.labels("labels").inc()
             else:
-                kept.append(label)
-                fresh.append(new)
+                kept.append(label.only(new.exposed, new.pseudo))
+                first.append(new.first)
                 self.newest_event_ts = max(self.newest_event_ts, label.ts)
-        prepared = prepare(kept, fresh, self._rows)
-        metrics.TRAINER_SKIPPED.labels("no_vector").inc(sum(p.skipped for p in prepared))
-        return prepared
+        prepared = prepare(kept, first, self._rows)
+        metrics.TRAINER_SKIPPED.labels("no_vector").inc(prepared.skipped)
+        return prepared, len(kept)
 
     def _grow(self) -> None:
         for learner in self._learners.values():
@@ -333,21 +337,20 @@ class Trainer:
         return logits
 
     def _validate(
-        self, prepared: Sequence[Prepared], batch: Batch, logits: Mapping[str, Floats], new: Bools, tail: Bools
+        self, requests: Sequence[Request], batch: Batch, logits: Mapping[str, Floats], new: Bools, tail: Bools
     ) -> list[dict[str, Any]]:
-        evaluated = evaluate([p.label.user_id for p in prepared], batch, logits, new, tail)
-        first = np.array([p.first for p in prepared])
+        evaluated = evaluate([r.user_id for r in requests], batch, logits, new, tail)
+        first = np.array([r.first for r in requests])
         if not first.all():
             evaluated = evaluated.of(first)
         self._window.add(evaluated)
-        return list(journal_lines([p for p in prepared if p.first], evaluated)) if self._lines else []
+        return list(journal_lines([r for r in requests if r.first], evaluated)) if self._lines else []
 
     def _probe(self) -> models.Probe:
-        recent = [p for p in self._recent if p.items]
         return models.Probe(
-            users=[p.label.user_id for p in recent],
-            items=[p.items[: probe.ITEMS] for p in recent],
-            score=[[None if s != s else s for s in p.example.score[: probe.ITEMS].tolist()] for p in recent],
+            users=[r.user_id for r in self._recent],
+            items=[r.items[: probe.ITEMS] for r in self._recent],
+            score=[[None if s != s else s for s in r.score[: probe.ITEMS].tolist()] for r in self._recent],
             logits=[],
         )
 

@@ -21,7 +21,8 @@ from streams.frame import Frame
 from streams.settings import TrainerSettings
 from streams.trainer import intake
 from streams.trainer.checkpoint import Checkpoint, CheckpointStore
-from streams.trainer.dedup import DedupWindow
+from streams.trainer.columns import Columns, columns
+from streams.trainer.dedup import DedupWindow, Fresh
 from streams.trainer.journal import Journal
 from streams.trainer.trainer import Trainer
 
@@ -124,11 +125,31 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
 # Intake
 
 
-def test_a_sound_label_passes_unchanged() -> None:
+def parse(value: bytes | None) -> Columns:
+    """One record, between two sound ones, which must pass whatever it is."""
+    sound = encode(label("sound", {"i7": 1}, ["i8", "i9"]))
+    before, found, after = intake.read([sound, value, sound])
+    for other in (before, after):
+        assert isinstance(other, Columns)
+        assert (other.request_id, other.items, other.clicked.tolist()) == ("sound", ["i7", "i8", "i9"], [1.0])
+        assert (len(other.score), other.confidence.tolist()) == (3, [0.5, 0.5])
+    if isinstance(found, ValueError):
+        raise found
+    return found
+
+
+def test_a_sound_label_becomes_its_columns() -> None:
     sound = label("r", {"i1": 1, "i2": 0}, ["i3"])
-    assert intake.parse(encode(sound)) == sound
-    scoreless = msgspec.structs.replace(sound, exposed=Exposed(["i1"], [0], [None]))
-    assert intake.parse(encode(scoreless)) == scoreless
+    found = parse(encode(sound))
+    assert (found.request_id, found.revision, found.user_id, found.ts) == ("r", 0, "u0", 1000)
+    assert (found.space, found.items, found.shown) == (("encoder-1", "quantiser-1"), ["i1", "i2", "i3"], 2)
+    assert np.array_equal(found.score, np.array(sound.exposed.score + sound.unexposed.score, np.float32))
+    assert found.clicked.tolist() == [1, 0] and found.confidence.tolist() == [0.5]
+    assert np.array_equal(found.label, np.array(sound.unexposed.label, np.float32))
+    scoreless = parse(encode(msgspec.structs.replace(sound, exposed=Exposed(["i1"], [0], [None]))))
+    assert np.isnan(scoreless.score[0]) and scoreless.clicked.tolist() == [0]
+    empty = parse(encode(label("r", {}, [])))
+    assert (empty.items, empty.shown, len(empty.label)) == ([], 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +160,10 @@ def test_a_sound_label_passes_unchanged() -> None:
         (["ts"], -5, "ts"),
         (["exposed", "clicked"], [2, 0], "exposed.clicked"),
         (["exposed", "clicked"], [1], "exposed.clicked"),
+        (["exposed", "clicked"], [10**400, 0], "exposed.clicked"),
         (["exposed", "score"], [0.1, 1.2], "exposed.score"),
+        (["exposed", "score"], [0.1, -1.0011], "exposed.score"),
+        (["unexposed", "score"], [None], "unexposed.score"),
         (["exposed", "item"], ["i1", "i3"], "exposed.item"),
         (["exposed", "item"], ["i1", ""], "exposed.item"),
         (["unexposed", "score"], [-7.0], "unexposed.score"),
@@ -158,7 +182,7 @@ def test_a_label_that_contradicts_its_contract_is_refused_by_field(path: list[st
         at = at[step]
     at[path[-1]] = value
     with pytest.raises((ValueError, msgspec.ValidationError), match=field):
-        intake.parse(json.dumps(document).encode())
+        parse(json.dumps(document).encode())
 
 
 @pytest.mark.parametrize("number", [b"NaN", b"1e999", b"-Infinity"])
@@ -167,12 +191,12 @@ def test_numbers_that_are_not_finite_are_refused(number: bytes) -> None:
     poisoned = sound.replace(b'"confidence":[0.5]', b'"confidence":[' + number + b"]")
     assert poisoned != sound
     with pytest.raises(msgspec.DecodeError):
-        intake.parse(poisoned)
+        parse(poisoned)
 
 
 def test_null_and_headers() -> None:
     with pytest.raises(ValueError, match="null"):
-        intake.parse(None)
+        parse(None)
     assert intake.newest_at([("gpl-closed-at", b"7"), ("gpl-newest-at", b"12")]) == 12
     assert intake.newest_at([("gpl-newest-at", b"-")]) is None
     assert intake.newest_at(None) is None
@@ -181,17 +205,21 @@ def test_null_and_headers() -> None:
 # Deduplication
 
 
+def admit(window: DedupWindow, record: Label) -> Fresh | None:
+    return window.admit(*columns([record]))
+
+
 def test_corrections_train_what_is_new_and_nothing_twice() -> None:
     window = DedupWindow(10)
-    first = window.admit(label("r", {"i1": 0}, []))
-    assert first is not None and (first.first, first.exposed, first.pseudo) == (True, [0], False)
-    assert window.admit(label("r", {"i1": 0}, [])) is None
-    anchors_came = window.admit(label("r", {"i1": 1, "i2": 1}, ["i3"], revision=1))
+    first = admit(window, label("r", {"i1": 0}, []))
+    assert first is not None and (first.first, [*first.exposed], first.pseudo) == (True, [0], False)
+    assert admit(window, label("r", {"i1": 0}, [])) is None
+    anchors_came = admit(window, label("r", {"i1": 1, "i2": 1}, ["i3"], revision=1))
     assert anchors_came is not None
     assert (anchors_came.first, anchors_came.exposed, anchors_came.pseudo) == (False, [1], True)
-    again = window.admit(label("r", {"i1": 1, "i2": 1, "i3": 0}, ["i4"], revision=3))
+    again = admit(window, label("r", {"i1": 1, "i2": 1, "i3": 0}, ["i4"], revision=3))
     assert again is not None and (again.exposed, again.pseudo) == ([2], False)
-    assert window.admit(label("r", {"i9": 1}, [], revision=2)) is None
+    assert admit(window, label("r", {"i9": 1}, [], revision=2)) is None
 
 
 @given(st.data())
@@ -215,7 +243,7 @@ def test_whatever_is_redelivered_each_label_is_trained_once(data: st.DataObject)
             restored = DedupWindow(100)
             restored.restore(window.state())
             window = restored
-        fresh = window.admit(revisions[n])
+        fresh = admit(window, revisions[n])
         if n in order[:position]:
             assert fresh is None
         if fresh is not None:
@@ -230,10 +258,10 @@ def test_whatever_is_redelivered_each_label_is_trained_once(data: st.DataObject)
 def test_the_window_is_bounded_and_the_oldest_leaves() -> None:
     window = DedupWindow(2)
     for request in ("a", "b", "c"):
-        assert window.admit(label(request, {"i1": 0}, [])) is not None
+        assert admit(window, label(request, {"i1": 0}, [])) is not None
     assert len(window) == 2
-    assert window.admit(label("b", {"i1": 0}, [])) is None
-    assert window.admit(label("a", {"i1": 0}, [])) is not None
+    assert admit(window, label("b", {"i1": 0}, [])) is None
+    assert admit(window, label("a", {"i1": 0}, [])) is not None
     with pytest.raises(ValueError, match="capacity: 0"):
         DedupWindow(0)
 
