@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import sys
 import threading
@@ -86,29 +87,35 @@ def train(
     skip_to: Annotated[
         str | None, typer.Option(help="TIME: leave out label records published before; past a stretch of bad ones.")
     ] = None,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="Processes that train as one; the partitions of the labels are divided.")
+    ] = 1,
     config: ConfigOption = None,
 ) -> None:
-    """Run the incremental trainer until SIGTERM."""
-    from streams import metrics
-    from streams.trainer import loop, start
+    """Run the incremental trainer until SIGTERM. Under torchrun each process is a rank."""
+    from streams.trainer import group, loop, start
+    from streams.trainer import ranks as processes
     from streams.trainer.checkpoint import CheckpointError
 
     try:
         start.StartFrom.parse(start_from, skip_to)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--start-from, --skip-to") from error
-    settings, stop, health = load(config), threading.Event(), metrics.Health()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    settings, stop = load(config), threading.Event()
     with _clear_errors():
-        _, close = metrics.serve(settings.metrics.host, settings.metrics.port, health)
         try:
-            loop.run(settings, stop, health, settings.trainer.journal, start_from=start_from, skip_to=skip_to)
-        except (CheckpointError, loop.TrainingDivergedError) as error:
+            if ranks > 1:
+                processes.run(settings, ranks, start_from, skip_to)
+                return
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: stop.set())
+            if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # not back to where it started at first
+                start_from, skip_to = "latest", None
+            with group.Processes.from_environment() or group.Alone() as own:
+                loop.serve(settings, stop, start_from, skip_to, own)
+        except (CheckpointError, loop.TrainingDivergedError, processes.RankFailedError) as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from error
-        finally:
-            close()
 
 
 @app.command()

@@ -118,17 +118,21 @@ class Batch:
 
     def exposed_only(self) -> Batch:
         """The batch without its unexposed pairs: equal to the batch collated from records that have none."""
-        users, request = np.unique(self.request[self.exposed], return_inverse=True)
-        items, item = np.unique(self.item[self.exposed], return_inverse=True)
+        return self.pairs(self.exposed)
+
+    def pairs(self, chosen: npt.NDArray[np.bool_]) -> Batch:
+        """The batch of some pairs, ``chosen`` (P,), and of the requests and items that they need."""
+        users, request = np.unique(self.request[chosen], return_inverse=True)
+        items, item = np.unique(self.item[chosen], return_inverse=True)
         return Batch(
             user_row=self.user_row[users],
             item_row=self.item_row[items],
             content_row=self.content_row[items],
             request=request,
             item=item,
-            score=self.score[self.exposed],
-            exposed=self.exposed[self.exposed],
-            clicked=self.clicked[self.exposed],
-            label=self.label[self.exposed],
-            confidence=self.confidence[self.exposed],
+            score=self.score[chosen],
+            exposed=self.exposed[chosen],
+            clicked=self.clicked[chosen],
+            label=self.label[chosen],
+            confidence=self.confidence[chosen],
         )

@@ -31,6 +31,10 @@ class PairEffects:
     log_odds: Floats
     mean_score: Floats
 
+    def pairs(self, chosen: npt.NDArray[np.bool_]) -> PairEffects:
+        """Of some pairs, ``chosen`` (P,)."""
+        return PairEffects(self.log_odds[chosen], self.mean_score[chosen])
+
 
 class ItemEffects:
     """Counts by item row, over all batches observed. Deterministic."""

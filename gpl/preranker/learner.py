@@ -9,6 +9,7 @@ All other weights take AdamW; weight decay is of the content projection alone.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 
 from gpl.labels.matching import Floats, Ints
 from gpl.preranker.batch import Batch
+from gpl.preranker.division import Division, Part, ordered_sum, sparse_sum
 from gpl.preranker.effects import ItemEffects
-from gpl.preranker.loss import Loss, LossConfig, joint_loss
+from gpl.preranker.loss import Loss, LossConfig, Mass, joint_loss
 from gpl.preranker.model import PreRanker, grown
 
 _PREFIX = "optimizer."
@@ -50,21 +52,28 @@ class Learner:
         )
         self._tables = torch.optim.SparseAdam([p for _, p in model.tables()], lr=learning_rate)
 
-    def step(self, batch: Batch, content: Floats, evidence: float = 1.0) -> Loss | None:
+    def step(
+        self, batch: Batch, content: Floats, evidence: float = 1.0, division: Division | None = None
+    ) -> Loss | None:
         """Train on one batch; ``content`` (rows, dim_content) is what ``batch.content_row`` points into.
 
         ``evidence`` in [0, 1] scales lambda (see :mod:`gpl.labels.evidence`); with 0 the step is, bit for bit, one
         without pseudo-labels. With a loss on exposed labels only, the unexposed pairs are taken out first, so training
         equals training on records that never had them. None, and no weight moves, when no pair is left or none teaches
         anything (nothing exposed, and no pseudo-label that counts).
+        With a ``division`` the gradient is the same up to rounding, as the sum of the ranks' parts.
         Raises ValueError for evidence outside [0, 1].
         """
         config = self.loss.scaled(evidence)
         if config.exposed_only:
+            if division is not None:
+                division = replace(division, rank=division.rank[np.unique(batch.request[batch.exposed])])
             batch = batch.exposed_only()
         if len(batch.request) == 0:
             return None
         self.model.observe(batch.score)
+        if division is not None:
+            return self._step_divided(batch, content, config, division)
         logits = self.model(batch, content)
         self.logits = logits.full.detach().numpy()
         loss = joint_loss(logits, batch, config, self.effects.observe(batch))
@@ -76,6 +85,51 @@ class Learner:
     def update(self, total: Tensor) -> None:
         """One step of the optimizer down the gradient of ``total``, a loss of the model's own making or another."""
         total.backward()  # type: ignore[no-untyped-call]
+        self._descend()
+
+    def _step_divided(self, batch: Batch, content: Floats, config: LossConfig, division: Division) -> Loss | None:
+        effects, whose = self.effects.observe(batch), division.rank[batch.request]
+        mass = Mass.of(batch, config, effects)
+
+        def part(rank: int) -> Part:
+            chosen = whose == rank
+            if not chosen.any():
+                return {}
+            own, own_effects = batch.pairs(chosen), effects.pairs(chosen)
+            logits = self.model(own, content)
+            share = Mass.of(own, config, own_effects, is_part=True).share(mass)
+            loss = joint_loss(logits, own, config, own_effects, share)
+            made = {"logits": logits.full.detach()}
+            if not loss.total.requires_grad:
+                return made
+            loss.total.backward()  # type: ignore[no-untyped-call]
+            made["loss"] = torch.stack([loss.total, loss.actual, loss.pseudo, loss.negatives]).detach()
+            for name, parameter in self.model.dense():
+                gradient = parameter.grad
+                made[name] = torch.zeros_like(parameter.data) if gradient is None else gradient.contiguous()
+            for name, table in self.model.tables():
+                gradient = table.grad
+                assert gradient is not None
+                made[f"{name}.rows"], made[name] = gradient._indices()[0].contiguous(), gradient._values().contiguous()
+            self.model.zero_grad(set_to_none=True)
+            return made
+
+        parts = division.each(part)
+        self.logits = np.zeros(len(batch.request), np.float32)
+        for rank, made in enumerate(parts):
+            if made:
+                self.logits[whose == rank] = made["logits"].numpy()
+        some = [made for made in parts if "loss" in made]
+        if not some:
+            return None
+        for name, parameter in self.model.dense():
+            parameter.grad = ordered_sum([made[name] for made in some])
+        for name, table in self.model.tables():
+            table.grad = sparse_sum([made[f"{name}.rows"] for made in some], [made[name] for made in some], table)
+        self._descend()
+        return Loss(*ordered_sum([made["loss"] for made in some]))
+
+    def _descend(self) -> None:
         for _, table in self.model.tables():
             for moment in _MOMENTS:
                 state = self._tables.state[table]

@@ -30,6 +30,8 @@ from gpl.preranker.batch import Batch
 from gpl.preranker.effects import PairEffects
 from gpl.preranker.model import Logits
 
+Array = npt.NDArray[np.float64]
+
 
 @dataclass(frozen=True)
 class LossConfig:
@@ -81,10 +83,50 @@ class Loss:
     negatives: Tensor
 
 
-def joint_loss(logits: Logits, batch: Batch, config: LossConfig, effects: PairEffects | None = None) -> Loss:
+@dataclass(frozen=True)
+class Mass:
+    """What each term is a mean over: exposed pairs; confidence, of unexposed pairs or of requests that teach an order;
+    requests with a click, or unexposed pairs. 0 where a batch or the weights leave the term out."""
+
+    actual: float
+    pseudo: float
+    negatives: float
+
+    @classmethod
+    def of(cls, batch: Batch, config: LossConfig, effects: PairEffects | None = None, is_part: bool = False) -> Mass:
+        """Of a batch, or of a part of one. The loss of a batch is the sum of its parts' losses, each term by the
+        part's share of mass."""
+        hidden = np.flatnonzero(~batch.exposed)
+        pseudo = negatives = 0.0
+        if len(hidden) and config.pseudo_weight > 0:
+            if config.pseudo == "pointwise":
+                pseudo = float(batch.confidence[hidden].sum(dtype=np.float64))
+            else:
+                lists = Lists.of(batch.request[hidden])
+                pseudo = float(_listed(lists, batch, hidden, _targets(batch, hidden, config, effects))[0].sum())
+        # A part without unexposed pairs has clicks among exposed ones, which count when another part has some.
+        if (len(hidden) or is_part) and config.negatives_weight > 0:
+            clicked = len(np.unique(batch.request[batch.clicked > 0]))
+            negatives = float(len(hidden) if config.negatives == "pointwise" else clicked)
+        return cls(float(np.count_nonzero(batch.exposed)), pseudo, negatives)
+
+    def share(self, whole: Mass) -> Mass:
+        """As fractions of ``whole``, 0 where it has none."""
+        parts = zip(vars(self).values(), vars(whole).values(), strict=True)
+        return Mass(*(mine / all_ if all_ > 0 else 0.0 for mine, all_ in parts))
+
+
+def joint_loss(
+    logits: Logits,
+    batch: Batch,
+    config: LossConfig,
+    effects: PairEffects | None = None,
+    share: Mass | None = None,
+) -> Loss:
     """The loss of one batch; ``logits`` are the model's for ``batch``, ``effects`` what is known of its items.
 
-    Without ``effects`` nothing is taken out: all items are alike.
+    Without ``effects`` nothing is taken out: all items are alike. ``share``: of each term's mass in a larger batch of
+    which this is a part; the loss is then its summand.
     """
     zero = logits.full.new_zeros(())
     exposed, hidden = np.flatnonzero(batch.exposed), np.flatnonzero(~batch.exposed)
@@ -92,21 +134,27 @@ def joint_loss(logits: Logits, batch: Batch, config: LossConfig, effects: PairEf
     if len(exposed):
         clicked = torch.from_numpy(batch.clicked[exposed])
         actual = F.binary_cross_entropy_with_logits(_at(logits.full, exposed), clicked)
+        if share is not None:
+            actual = actual * share.actual
     total = actual
     if len(hidden) and config.pseudo_weight > 0:
         if config.pseudo == "pointwise":
             pseudo = pointwise(_at(logits.full, hidden), batch, hidden)
         else:
-            level = effects.mean_score[hidden] if effects is not None and config.centred else np.float32(0)
-            pseudo = listwise(_at(logits.full, hidden), batch, hidden, batch.score[hidden] - level, config.temperature)
+            score = _targets(batch, hidden, config, effects)
+            pseudo = listwise(_at(logits.full, hidden), batch, hidden, score, config.temperature)
+        if share is not None:
+            pseudo = pseudo * share.pseudo
         total = total + config.pseudo_weight * pseudo
-    if len(hidden) and config.negatives_weight > 0:
+    if (len(hidden) if share is None else share.negatives) and config.negatives_weight > 0:
         odds = effects.log_odds if effects is not None and config.log_odds else None
         corrected = logits.full if odds is None else logits.full - torch.from_numpy(odds)
         if config.negatives == "pointwise":
             negatives = F.softplus(_at(corrected, hidden)).mean()  # cross-entropy with the label 0
         else:
             negatives = sampled_softmax(corrected, batch)
+        if share is not None:
+            negatives = negatives * share.negatives
         total = total + config.negatives_weight * negatives
     return Loss(total, actual, pseudo, negatives)
 
@@ -149,13 +197,8 @@ def listwise(logits: Tensor, batch: Batch, hidden: Ints, score: Floats, temperat
     (U,) theirs.
     """
     lists = Lists.of(batch.request[hidden])
-    row, inside = lists.row, lists.inside
-    size = inside.sum(axis=1)
-    values = np.zeros(inside.shape)
-    values[row, lists.column] = score
-    centred = np.where(inside, values - values.sum(axis=1, keepdims=True) / size[:, None], 0.0)
-    spread = np.sqrt((centred**2).sum(axis=1) / size)
-    weight = np.where(spread > _MIN_SPREAD, np.bincount(row, batch.confidence[hidden]) / size, 0.0)
+    inside = lists.inside
+    weight, centred, spread = _listed(lists, batch, hidden, score)
     if not weight.sum() > 0:
         return logits.new_zeros(())
     standard = np.where(inside, centred / (temperature * np.maximum(spread, _MIN_SPREAD))[:, None], -np.inf)
@@ -165,6 +208,24 @@ def listwise(logits: Tensor, batch: Batch, hidden: Ints, score: Floats, temperat
     share = weight / weight.sum()
     target_share = torch.from_numpy((target * share[:, None]).astype(np.float32))
     return float((share * negative_entropy).sum()) - (target_share * lists.log_softmax(logits)).sum()
+
+
+def _targets(batch: Batch, hidden: Ints, config: LossConfig, effects: PairEffects | None) -> Floats:
+    level = effects.mean_score[hidden] if effects is not None and config.centred else np.float32(0)
+    score: Floats = batch.score[hidden] - level
+    return score
+
+
+def _listed(lists: Lists, batch: Batch, hidden: Ints, score: Floats) -> tuple[Array, Array, Array]:
+    """Of each request: its weight, its scores less their mean (R, longest), and their standard deviation."""
+    row, inside = lists.row, lists.inside
+    size = inside.sum(axis=1)
+    values = np.zeros(inside.shape)
+    values[row, lists.column] = score
+    centred = np.where(inside, values - values.sum(axis=1, keepdims=True) / size[:, None], 0.0)
+    spread = np.sqrt((centred**2).sum(axis=1) / size)
+    weight = np.where(spread > _MIN_SPREAD, np.bincount(row, batch.confidence[hidden]) / size, 0.0)
+    return weight, centred, spread
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,7 @@ def trainer(
     users: Annotated[int, typer.Option(min=50, help="With a taste each.")] = 20_000,
     dim: Annotated[int, typer.Option(min=2, help="Of the frozen space.")] = 384,
     threads: Annotated[int, typer.Option(min=1, help="Of torch, for every figure.")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes of the data-parallel run.")] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
     broker: Annotated[str, typer.Option(help="auto, apache, or host:port.")] = "auto",
 ) -> None:
@@ -176,7 +177,7 @@ def trainer(
             at = bench.Topics(kafka, workload)
             at.send(labels)
             settings = bench.settings_for(kafka, directory / "trainer")
-            result = bench.throughput(workload, [value for _, value in labels], records, settings)
+            result = bench.throughput(workload, [value for _, value in labels], records, settings, ranks)
             for line in result.lines():
                 say(line)
             found = []

@@ -7,15 +7,17 @@ checkpoints, journal, gate and publication. The bare loop is ``Learner.step`` ov
 from __future__ import annotations
 
 import multiprocessing
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from gpl.catalogue import Catalogue
@@ -35,6 +37,7 @@ from streams.trainer import intake, loop
 from streams.trainer.batch import Rows, prepare
 from streams.trainer.batch_journal import BatchJournal
 from streams.trainer.columns import Columns
+from streams.trainer.group import Group, Processes
 from streams.trainer.start import StartFrom
 from streams.trainer.trainer import Trainer
 from streams.views import vector_bytes
@@ -150,14 +153,17 @@ class _Clock:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The bare loop, the trainer's steps from bytes in memory, and the whole trainer over a backlog on Kafka."""
+    """The bare loop, the trainer's steps from bytes in memory, and the whole trainer over a backlog on Kafka, also as
+    ``ranks`` processes."""
 
     bare: Throughput
     in_memory: Throughput
     from_kafka: Throughput
+    divided: Throughput
+    ranks: int
 
     def to_dict(self) -> dict[str, Any]:
-        every = {"bare": self.bare, "in_memory": self.in_memory, "from_kafka": self.from_kafka}
+        every = {"bare": self.bare, "in_memory": self.in_memory, "from_kafka": self.from_kafka, "ranks": self.divided}
         return {
             name: {
                 "records": of.records,
@@ -174,6 +180,7 @@ class Comparison:
             "bare": "bare torch loop, batches in memory",
             "in_memory": "trainer's steps, from bytes in memory",
             "from_kafka": "trainer, backlog on Kafka, checkpoints and publication",
+            "ranks": f"the same as {self.ranks} ranks, a process each",
         }
         for name, of in self.to_dict().items():
             wall = f"{of['records']:7,.0f} records/s {of['samples']:9,.0f} samples/s {of['of_bare']:5.0%}"
@@ -181,16 +188,18 @@ class Comparison:
             yield f"{titles[name]:<56} {wall}  {processor} {of['of_bare_by_processor_time']:5.0%}"
 
 
-def throughput(workload: Workload, values: list[bytes], warm: int, settings: Settings) -> Comparison:
+def throughput(workload: Workload, values: list[bytes], warm: int, settings: Settings, ranks: int = 2) -> Comparison:
     """Records per second over ``values`` without the first ``warm``: with ids and tables grown, as in a running system.
 
-    The records must lie on the log of ``settings``, all of them.
+    The records must lie on the log of ``settings``, all of them. ``ranks``: processes of the last figure.
     """
     own = settings.trainer
     return Comparison(
         _bare(workload, values, warm, own),
         _in_memory(workload, values, warm, own),
         _from_kafka(workload, len(values), warm, settings),
+        _over_ranks(workload, len(values), warm, settings, ranks),
+        ranks,
     )
 
 
@@ -235,8 +244,10 @@ def _read(values: list[bytes]) -> list[Columns]:
     return [label for label in intake.read(values) if isinstance(label, Columns)]
 
 
-def _from_kafka(workload: Workload, total: int, warm: int, settings: Settings) -> Throughput:
-    with loop.Loop(settings, workload.frame, None, StartFrom.parse("latest")) as running:
+def _from_kafka(
+    workload: Workload, total: int, warm: int, settings: Settings, group: Group | None = None
+) -> Throughput:
+    with loop.Loop(settings, workload.frame, None, StartFrom.parse("latest"), group) as running:
         while sum(running.positions.values()) < warm:
             running.round()
         first, clock = sum(running.positions.values()), _Clock()
@@ -244,6 +255,33 @@ def _from_kafka(workload: Workload, total: int, warm: int, settings: Settings) -
             running.round()
         running.finish()
         return clock.throughput(workload, total - first)
+
+
+def _over_ranks(workload: Workload, total: int, warm: int, settings: Settings, ranks: int) -> Throughput:
+    """Rank 0's wall time and the processor time of all."""
+    context = multiprocessing.get_context("spawn")
+    found: Any = context.Queue()
+    with tempfile.TemporaryDirectory(prefix="gpl-ranks-") as name:
+        directory = Path(name)
+        places = {"checkpoints": directory / "checkpoints", "models": directory / "models"}
+        own = settings.model_copy(update={"trainer": settings.trainer.model_copy(update=places)})
+        meet = (directory / "meet").as_uri()
+        shared = workload.load, total, warm, own, torch.get_num_threads(), found
+        processes = [context.Process(target=_rank, args=(rank, ranks, meet, *shared)) for rank in range(ranks)]
+        for process in processes:
+            process.start()
+        by_rank: dict[int, Throughput] = dict(found.get(timeout=600) for _ in processes)
+        for process in processes:
+            process.join()
+    return replace(by_rank[0], processor=sum(of.processor for of in by_rank.values()))
+
+
+def _rank(
+    rank: int, ranks: int, meet: str, load: Load, total: int, warm: int, settings: Settings, threads: int, found: Any
+) -> None:
+    torch.set_num_threads(threads)
+    with Processes(rank, ranks, meet) as group:
+        found.put((rank, _from_kafka(Workload(load), total, warm, settings, group)))
 
 
 class Topics:

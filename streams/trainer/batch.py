@@ -19,7 +19,7 @@ from streams.trainer.columns import Columns
 class Request:
     """A request of a batch, for what is told of it. ``items``, ``score`` (n,): what is trained on, exposed ones first.
 
-    ``first``: no earlier revision of it was trained on.
+    ``first``: no earlier revision of it was trained on. ``rank``: whose share of the work it is.
     """
 
     request_id: str
@@ -28,6 +28,7 @@ class Request:
     first: bool
     items: list[str]
     score: Floats
+    rank: int
 
 
 @dataclass(frozen=True)
@@ -125,5 +126,5 @@ def prepare(labels: Sequence[Columns], first: Sequence[bool], rows: Rows) -> Pre
     for i in some.tolist():
         label, start, end = labels[i], end, end + int(kept[i])
         own = label.items if len(label.items) == end - start else names[start:end]
-        requests.append(Request(label.request_id, label.user_id, label.ts, first[i], own, score[start:end]))
+        requests.append(Request(label.request_id, label.user_id, label.ts, first[i], own, score[start:end], label.rank))
     return Prepared(requests, batch, skipped)

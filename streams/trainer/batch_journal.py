@@ -42,7 +42,8 @@ class Run(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One start of a trainer. It goes on from ``step`` of run ``parent``; from nothing when that is None.
 
     ``positions``, ``vectors``: next offsets of the labels and of the item vectors at the start. ``settings``: the
-    trainer's; ``threads``, ``software``: what the last bits of a sum may depend on. ``started_at``: wall milliseconds.
+    trainer's; ``threads``, ``ranks``, ``software``: what the last bits of a sum may depend on. ``started_at``: wall
+    milliseconds.
     """
 
     run: int
@@ -56,6 +57,7 @@ class Run(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     threads: int
     software: dict[str, str]
     started_at: int
+    ranks: int = 1
 
 
 class Batch(msgspec.Struct, frozen=True, array_like=True):

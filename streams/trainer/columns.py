@@ -18,7 +18,8 @@ class Columns:
     """One label record of n items, the exposed ones first, m of them.
 
     ``items`` (n,) ids; ``score`` (n,) raw anchor scores, NaN where there is none; ``clicked`` (m,) 0 or 1; ``label``
-    and ``confidence`` (n - m,) of the unexposed. ``space``: encoder and quantiser. float32.
+    and ``confidence`` (n - m,) of the unexposed. ``space``: encoder and quantiser. float32. ``rank``: of the trainers'
+    group, whose share of a step's work it is.
     """
 
     request_id: str
@@ -31,6 +32,7 @@ class Columns:
     clicked: Floats
     label: Floats
     confidence: Floats
+    rank: int = 0
 
     @property
     def shown(self) -> int:

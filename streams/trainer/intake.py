@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -16,12 +17,12 @@ from streams.trainer.columns import Columns, Flat
 _SCORE_LIMIT = 1.001  # a cosine of float32 unit vectors, rounded
 
 
-def read(values: Sequence[bytes | None]) -> list[Columns | ValueError]:
+def read(values: Sequence[bytes | None], ranks: Sequence[int] | None = None) -> list[Columns | ValueError]:
     """Values of ``gpl.labels`` in order, each as columns, or what is wrong with it: Refused, which names field and
     value, or msgspec.DecodeError.
 
     Many at once: the columns of all are made and checked together, and looked at one by one only when something in
-    them is wrong.
+    them is wrong. ``ranks``: whose share of the work each is, rank 0's by default.
     """
     found: list[Label | ValueError] = []
     for value in values:
@@ -34,7 +35,13 @@ def read(values: Sequence[bytes | None]) -> list[Columns | ValueError]:
         found = [label if isinstance(label, ValueError) else _refusal(label) or label for label in found]
     labels = [label for label in found if isinstance(label, Label)]
     made = iter((flat or Flat.of(labels)).split(labels))
-    return [label if isinstance(label, ValueError) else next(made) for label in found]
+    every = [label if isinstance(label, ValueError) else next(made) for label in found]
+    if ranks is None:
+        return every
+    return [
+        replace(label, rank=rank) if isinstance(label, Columns) else label
+        for label, rank in zip(every, ranks, strict=True)
+    ]
 
 
 def newest_of(times: Iterable[int | None]) -> int | None:

@@ -11,11 +11,12 @@ import gc
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import msgspec
 import structlog
 import torch
 
@@ -29,12 +30,13 @@ from streams.storage import open_storage
 from streams.topics import full_name
 from streams.trainer import intake
 from streams.trainer.batch_journal import Batch, BatchJournal, Run, ranges, software
-from streams.trainer.checkpoint import CheckpointStore
+from streams.trainer.checkpoint import Checkpoint, CheckpointStore
 from streams.trainer.columns import Columns
 from streams.trainer.gate import Refusal
+from streams.trainer.group import Alone, Group, owner
 from streams.trainer.journal import Journal
 from streams.trainer.publish import Publisher
-from streams.trainer.source import LabelSource, offsets_at
+from streams.trainer.source import LabelSource, Record, offsets_at
 from streams.trainer.start import StartFrom
 from streams.trainer.trainer import MAIN, SHADOW, Trainer
 from streams.views import CatalogueView
@@ -56,6 +58,16 @@ class TrainingDivergedError(RuntimeError):
     """The model's weights or scores are no numbers any more; nothing of it was saved or published."""
 
 
+def serve(settings: Settings, stop: threading.Event, start_from: str, skip_to: str | None, group: Group) -> None:
+    """``run`` with metrics and health over HTTP; in a group those of rank 0."""
+    health = metrics.Health()
+    with ExitStack() as opened:
+        if group.rank == 0:
+            _, close = metrics.serve(settings.metrics.host, settings.metrics.port, health)
+            opened.callback(close)
+        run(settings, stop, health, settings.trainer.journal, None, start_from, skip_to, group)
+
+
 def run(
     settings: Settings,
     stop: threading.Event,
@@ -64,23 +76,24 @@ def run(
     frame: Frame | None = None,
     start_from: str = "latest",
     skip_to: str | None = None,
+    group: Group | None = None,
 ) -> None:
     """Train until ``stop`` is set, then leave a final checkpoint and, if the gate allows, a final publication.
 
     Beats "trainer"; ready once the catalogue has been read. ``journal``: file of the evaluation journal, none without.
-    ``frame``: the space of vectors and labels, by default that of the artefacts.
+    ``frame``: the space of vectors and labels, by default that of the artefacts. ``group``: of ranks, by default none.
     ``start_from``, ``skip_to``: see ``start``. Raises TrainingDivergedError, ValueError for a start that there is not,
     and what the broker or the disk raises: a restarted process continues from the newest valid checkpoint.
     """
     health = health or metrics.Health()
     health.wait_for("trainer")
-    with Loop(settings, frame or Frame.load(settings.artefacts), journal, StartFrom.parse(start_from, skip_to)) as loop:
+    start = StartFrom.parse(start_from, skip_to)
+    with Loop(settings, frame or Frame.load(settings.artefacts), journal, start, group) as loop:
         health.done("trainer")
         # What was loaded stays: the collector need not walk through it each time that labels have filled its quota.
         gc.freeze()
         try:
-            while not stop.is_set():
-                loop.round()
+            while loop.round(stop.is_set()):
                 health.beat("trainer")
         except dead_letters.Halted as why:
             # No checkpoint: a restarted trainer reads the batch with the refused record again.
@@ -91,41 +104,81 @@ def run(
         loop.finish()
 
 
+class _News(msgspec.Struct, array_like=True):
+    """What a rank tells the others each round: whether it is to stop; rank 0 also which item vectors have come."""
+
+    stop: bool
+    vectors: list[Record]
+
+
+_NEWS = msgspec.msgpack.Decoder(_News)
+_NEWS_RECORDS = 2000
+"""Item vectors in one message while the catalogue is read at the start."""
+
+
 class Loop:
     """What ``run`` repeats, over the connections and files that it holds open."""
 
-    def __init__(self, settings: Settings, frame: Frame, journal: Path | None, start: StartFrom) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        frame: Frame,
+        journal: Path | None,
+        start: StartFrom,
+        group: Group | None = None,
+    ) -> None:
         self._settings = settings
+        self._group = group or Alone()
+        self._leads = self._group.rank == 0
         self._frame = frame
         own = settings.trainer
         catalogue = Catalogue(frame.dim, frame.levels)
         storage = open_storage(own.checkpoints)
-        storage.recover()
+        if self._leads:
+            storage.recover()
         self._store = CheckpointStore(storage, own.keep_checkpoints, own.keep_hourly_checkpoints)
         self._batches = BatchJournal(storage)
-        self._trainer = Trainer(own, frame, catalogue, evaluations=journal is not None)
-        checkpoint = start.checkpoint(self._store)
+        self._agree_on_threads()
+        each = None if self._group.ranks == 1 else self._group.each
+        self._trainer = Trainer(own, frame, catalogue, evaluations=journal is not None, each=each)
+        checkpoint = self._checkpoint(start)
         self._journal_length = 0 if checkpoint is None else self._trainer.restore(checkpoint)
         self._dead: list[Any] = []
         self._guard = dead_letters.Guard(settings.dead_letters)
         self._moved: list[tuple[int, int]] = []  # item vectors taken in since the last batch
-        vectors = CatalogueView(catalogue, frame.dim, frame.encoder, frame.quantiser)
+        self._vectors_view = CatalogueView(catalogue, frame.dim, frame.encoder, frame.quantiser)
+        self._came: list[Record] = []  # item vectors that the other ranks are to be told of
         with ExitStack() as opened:
             self._journal = None
-            if journal is not None:
-                self._journal = opened.enter_context(closing(Journal(journal, self._journal_length)))
-            self._view = opened.enter_context(closing(LogView(settings.kafka, {_VECTORS: vectors})))
-            self._view.warm_up()
-            positions = {} if checkpoint is None else checkpoint.positions
-            if start.kind == "time":
-                positions = offsets_at(settings.kafka, start.value)
-            if start.skip_to is not None:
-                ahead = offsets_at(settings.kafka, start.skip_to)
-                positions = {p: max(at, positions.get(p, 0)) for p, at in ahead.items()}
-            self._source = opened.enter_context(closing(LabelSource(settings.kafka, positions)))
-            self._producer = opened.enter_context(closing(producer(settings.kafka)))
-            self._publisher = opened.enter_context(closing(Publisher(settings.kafka, own, self._producer)))
+            if self._leads:
+                if journal is not None:
+                    self._journal = opened.enter_context(closing(Journal(journal, self._journal_length)))
+                self._view = opened.enter_context(closing(LogView(settings.kafka, {_VECTORS: self._take_in})))
+                self._view.warm_up()
+            while self._exchange(False, _NEWS_RECORDS).vectors:
+                pass
+            positions = self._positions(start, checkpoint)
+            self._source = opened.enter_context(closing(LabelSource(settings.kafka, positions, group=self._group)))
+            if self._leads:
+                self._producer = opened.enter_context(closing(producer(settings.kafka)))
+                self._publisher = opened.enter_context(closing(Publisher(settings.kafka, own, self._producer)))
             self._opened = opened.pop_all()
+        now = time.monotonic()
+        self._next_checkpoint = now + own.checkpoint_every_wall_seconds
+        self._next_publication = now + own.publish_every_wall_seconds
+        self._next_export = self._next_follow = now
+        if self._leads:
+            self._begin(start, checkpoint)
+        log.info(
+            "trainer_ready",
+            rank=self._group.rank,
+            step=self._trainer.step_count,
+            positions=self._source.positions,
+            items=len(catalogue),
+            start_from=start.text,
+        )
+
+    def _begin(self, start: StartFrom, checkpoint: Checkpoint | None) -> None:
         self._vectors = self._view.positions(_VECTORS)
         parent = None if checkpoint is None else checkpoint.run
         self._run = self._batches.begin(lambda number: self._header(number, parent, start)).run
@@ -134,18 +187,50 @@ class Loop:
             self._saved = -1
             self._save()  # a restart goes on from here, not from what was there before
         self._exported_step = self._trainer.step_count
-        now = time.monotonic()
-        self._next_checkpoint = now + own.checkpoint_every_wall_seconds
-        self._next_publication = now + own.publish_every_wall_seconds
-        self._next_export = self._next_follow = now
-        log.info(
-            "trainer_ready",
-            run=self._run,
-            step=self._trainer.step_count,
-            positions=self._source.positions,
-            items=len(catalogue),
-            start_from=start.text,
-        )
+
+    # What rank 0 decides, and the others are told
+
+    def _from_lead(self, said: bytes) -> bytes:
+        return self._group.gather(said if self._leads else b"")[0]
+
+    def _agree_on_threads(self) -> None:
+        if self._group.ranks > 1:  # the last bits of a sum depend on their number
+            torch.set_num_threads(int(self._from_lead(b"%d" % torch.get_num_threads())))
+
+    def _checkpoint(self, start: StartFrom) -> Checkpoint | None:
+        found = start.checkpoint(self._store) if self._leads else None
+        step = int(self._from_lead(b"%d" % (-1 if found is None else found.step)))
+        return found if self._leads or step < 0 else self._store.load(step)
+
+    def _positions(self, start: StartFrom, checkpoint: Checkpoint | None) -> Mapping[int, int]:
+        positions = {} if checkpoint is None else checkpoint.positions
+        if self._leads:
+            if start.kind == "time":
+                positions = offsets_at(self._settings.kafka, start.value)
+            if start.skip_to is not None:
+                ahead = offsets_at(self._settings.kafka, start.skip_to)
+                positions = {p: max(at, positions.get(p, 0)) for p, at in ahead.items()}
+        return msgspec.msgpack.decode(self._from_lead(msgspec.msgpack.encode(positions)), type=dict[int, int])
+
+    def _take_in(self, record: Any) -> None:
+        """One record of the item vectors, which rank 0 reads for all."""
+        if self._group.ranks > 1:
+            self._came.append(Record.of(record))
+        self._vectors_view(record)
+
+    def _exchange(self, stop: bool, at_most: int | None = None) -> _News:
+        """What has come up on all ranks. Item vectors that rank 0 has read are taken in by the others, all or
+        ``at_most`` so many."""
+        if self._group.ranks == 1:
+            return _News(stop, [])
+        mine = _News(stop, self._came[:at_most])
+        del self._came[:at_most]
+        every = [_NEWS.decode(one) for one in self._group.gather(msgspec.msgpack.encode(mine))]
+        if not self._leads:
+            for record in every[0].vectors:
+                with suppress(ValueError):  # rank 0 says in its log what it passed over
+                    self._vectors_view(record)
+        return _News(any(one.stop for one in every), every[0].vectors)
 
     def __enter__(self) -> Loop:
         return self
@@ -158,15 +243,33 @@ class Loop:
         """Next offset to train on, per partition of the labels."""
         return self._source.positions
 
-    def round(self) -> None:
-        """Bring the catalogue up to date, train on at most one batch, and do what has fallen due."""
-        moved = self._follow()
+    def round(self, stop: bool = False) -> bool:
+        """Bring the catalogue up to date, train on at most one batch, and do what has fallen due.
+
+        False, and nothing more is done, when this rank or another is asked to ``stop``.
+        """
+        if self._leads:
+            self._follow()
+        if self._exchange(stop).stop:
+            return False
         before = dict(self._source.positions)
         records = self._source.take(self._settings.trainer.batch_records, WAIT_SECONDS)
         if records:
             self._train(records)
-            self._batches.append(Batch(ranges(before, self._source.positions), moved, self._trainer.loss))
-            self._moved = []
+            if self._leads:
+                self._batches.append(Batch(ranges(before, self._source.positions), self._moved, self._trainer.loss))
+                self._moved = []
+        if self._leads:
+            self._do_what_is_due()
+        return True
+
+    def finish(self) -> None:
+        """Leave nothing that was trained on behind: checkpoint, publish, export."""
+        if self._leads:
+            self._publish()
+            self._export()
+
+    def _do_what_is_due(self) -> None:
         now = time.monotonic()
         if now >= self._next_export:
             self._export()
@@ -178,13 +281,8 @@ class Loop:
             self._save()
             self._next_checkpoint = time.monotonic() + self._settings.trainer.checkpoint_every_wall_seconds
 
-    def finish(self) -> None:
-        """Leave nothing that was trained on behind: checkpoint, publish, export."""
-        self._publish()
-        self._export()
-
-    def _follow(self) -> list[tuple[int, int]]:
-        """Take in item vectors that have come. Returns where their topic has moved on to since the last batch."""
+    def _follow(self) -> None:
+        """Take in item vectors that have come, and note where their topic has moved on to since the last batch."""
         now = time.monotonic()
         if now >= self._next_follow:
             self._next_follow = now + FOLLOW_SECONDS
@@ -194,11 +292,11 @@ class Loop:
                 moved = {p: at for p, at in positions.items() if at != self._vectors[p]}
                 self._moved = sorted((dict(self._moved) | moved).items())
                 self._vectors = positions
-        return self._moved
 
     def _train(self, records: list[Any]) -> None:
         labels: list[Columns] = []
-        for record, found in zip(records, intake.read([record.value for record in records]), strict=True):
+        ranks = [owner(record.partition, self._group.ranks) for record in records]
+        for record, found in zip(records, intake.read([r.value for r in records], ranks), strict=True):
             if isinstance(found, Columns):
                 self._guard.accepted(record.topic, record.partition)
                 labels.append(found)
@@ -214,9 +312,10 @@ class Loop:
             self._journal.append(lines)
 
     def _diverged(self, error: FloatingPointError) -> TrainingDivergedError:
-        self._publisher.refuse(Refusal("not_finite", str(error)), self._trainer.step_count)
+        if self._leads:
+            self._publisher.refuse(Refusal("not_finite", str(error)), self._trainer.step_count)
         return TrainingDivergedError(
-            f"{error}. The checkpoint of step {max(self._saved, 0)} and the published models are sound. Trained on "
+            f"{error}. The last checkpoint and the published models are sound. Trained on "
             "again with the same settings the same happens: lower trainer.learning_rate, or start from before it "
             "(gpl train --start-from before=TIME)"
         )
@@ -224,6 +323,8 @@ class Loop:
     def _dead_letter(self, record: Any, error: Exception) -> None:
         original = dead_letters.Original.of(record)
         self._guard.refused(original.topic, original.partition, original.offset, error)
+        if not self._leads:
+            return
         metrics.DEAD_LETTERS.labels(original.topic, dead_letters.reason_of(error)).inc()
         log.warning("dead_letter", topic=record.topic, partition=record.partition, offset=record.offset, why=str(error))
         sent = self._producer.send(
@@ -280,6 +381,7 @@ class Loop:
             threads=torch.get_num_threads(),
             software=software(),
             started_at=int(time.time() * 1000),
+            ranks=self._group.ranks,
         )
 
 

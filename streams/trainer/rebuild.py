@@ -17,6 +17,7 @@ import torch
 from kafka import TopicPartition
 
 from gpl.catalogue import Catalogue
+from gpl.preranker.division import in_one_process
 from streams import models
 from streams.frame import Frame
 from streams.kafka import consumer
@@ -27,6 +28,7 @@ from streams.trainer import intake
 from streams.trainer.batch_journal import Batch, BatchJournal, Run, software
 from streams.trainer.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from streams.trainer.columns import Columns
+from streams.trainer.group import owner
 from streams.trainer.publish import Candidate
 from streams.trainer.source import in_merge_order
 from streams.trainer.trainer import Trainer
@@ -154,6 +156,7 @@ class _Replay:
         self._vectors = vectors
         self._catalogue = Catalogue(frame.dim, frame.levels)
         self._view = CatalogueView(self._catalogue, frame.dim, frame.encoder, frame.quantiser)
+        self._ranks = 1
         self.trainer: Trainer
         self.positions: dict[int, int] = {}
         self.first_difference: int | None = None
@@ -174,7 +177,9 @@ class _Replay:
             if run.versions != self._frame.versions:
                 raise RebuildError(f"run {run.run} trained in the space {run.versions}, here is {self._frame.versions}")
             torch.set_num_threads(run.threads)
-            self.trainer = Trainer(self._settings_of(run), self._frame, self._catalogue, evaluations=False)
+            self._ranks = run.ranks
+            each = None if run.ranks == 1 else in_one_process(run.ranks)
+            self.trainer = Trainer(self._settings_of(run), self._frame, self._catalogue, evaluations=False, each=each)
             if state is not None:
                 self.trainer.restore(state)
             if first:
@@ -192,7 +197,8 @@ class _Replay:
     def _train(self, step: int, batch: Batch) -> None:
         self._apply(dict(batch.vectors))
         records = in_merge_order(self._labels.take(batch.labels))
-        labels = [label for label in intake.read([r.value for r in records]) if isinstance(label, Columns)]
+        ranks = [owner(r.partition, self._ranks) for r in records]
+        labels = [found for found in intake.read([r.value for r in records], ranks) if isinstance(found, Columns)]
         self.trainer.train(labels, intake.newest_of(intake.newest_at(r.headers) for r in records))
         self.positions.update({p: end for p, _, end in batch.labels})
         if self.first_difference is None and self.trainer.loss != batch.loss:

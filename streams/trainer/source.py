@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import msgspec
 import structlog
 from kafka import TopicPartition
 
@@ -21,6 +22,7 @@ from streams.kafka import consumer
 from streams.log_view import TopicMissingError
 from streams.settings import KafkaSettings
 from streams.topics import full_name
+from streams.trainer.group import Alone, Group, owner
 
 log = structlog.get_logger()
 
@@ -64,11 +66,45 @@ def offsets_at(kafka: KafkaSettings, ts: int) -> dict[int, int]:
         reader.close()
 
 
+class Record(msgspec.Struct, array_like=True, frozen=True):
+    """Of a ConsumerRecord what ranks pass on."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp: int
+    key: bytes | None
+    value: bytes | None
+    headers: list[tuple[str, bytes | None]]
+
+    @classmethod
+    def of(cls, record: Any) -> Record:
+        headers = list(record.headers or ())
+        return cls(record.topic, record.partition, record.offset, record.timestamp, record.key, record.value, headers)
+
+
+class _Polled(msgspec.Struct, array_like=True):
+    """What one rank's poll gave. ``ends``: of its partitions; ``at_end``: those read to there. ``now``, ``waited``:
+    its clock, and seconds that the poll took."""
+
+    records: list[Any]
+    ends: dict[int, int]
+    at_end: list[int]
+    now: float
+    waited: float
+
+
+class _Shared(_Polled, array_like=True):
+    records: list[Record]
+
+
 class LabelSource:
     """Reads every partition of the labels topic from given positions, outside any consumer group.
 
-    ``positions``: partition -> next offset; partitions that it does not name start at their earliest record.
-    Raises ValueError when the topic is missing, or when a position lies behind the end of its partition.
+    ``positions``: partition -> next offset; partitions that it does not name start at their earliest record. In a
+    ``group`` each rank fetches its own partitions, and all ranks cut the same batches of what all have fetched.
+    Raises ValueError when the topic is missing, when a position lies behind the end of its partition, or when there
+    are more ranks than partitions.
     """
 
     def __init__(
@@ -76,29 +112,36 @@ class LabelSource:
         kafka: KafkaSettings,
         positions: Mapping[int, int],
         clock: Callable[[], float] = time.monotonic,
+        group: Group | None = None,
     ) -> None:
         topic = full_name(kafka, "labels")
         self._clock = clock
+        self._group = group or Alone()
         self._consumer = consumer(kafka, max_poll_records=200)
         try:
             found = self._consumer.partitions_for_topic(topic)
             if not found:
                 raise TopicMissingError(f"topic {topic} does not exist; `gpl topics create` makes it")
-            self._assignment = {p: TopicPartition(topic, p) for p in sorted(found)}
+            if len(found) < self._group.ranks:
+                raise ValueError(f"ranks: {self._group.ranks}, but {topic} has {len(found)} partitions to divide")
+            mine = [p for p in sorted(found) if owner(p, self._group.ranks) == self._group.rank]
+            self._assignment = {p: TopicPartition(topic, p) for p in mine}
             self._consumer.assign(list(self._assignment.values()))
-            self._ends = self._seek(positions)
+            self._seek(positions)
         except BaseException:
             self._consumer.close()
             raise
-        self._buffers: dict[int, deque[Any]] = {p: deque() for p in self._assignment}
+        self._buffers: dict[int, deque[Any]] = {p: deque() for p in self.positions}
         self._pending: list[Any] = []
         self._blocked: dict[int, float] = {}  # partition that the others wait for -> seconds of polling so far
         self._stalled: set[int] = set()
+        self._now = self._clock()
+        self._idle = True
 
-    def _seek(self, wanted: Mapping[int, int]) -> dict[int, int]:
+    def _seek(self, wanted: Mapping[int, int]) -> None:
         earliest = self._consumer.beginning_offsets(list(self._assignment.values()))
         ends = self._consumer.end_offsets(list(self._assignment.values()))
-        self.positions: dict[int, int] = {}
+        mine: dict[int, tuple[int, int]] = {}
         for p, tp in self._assignment.items():
             position = wanted.get(p, earliest[tp])
             if position > ends[tp]:
@@ -110,8 +153,13 @@ class LabelSource:
                 log.warning("labels_expired", partition=p, lost=earliest[tp] - position)
                 position = earliest[tp]
             self._consumer.seek(tp, position)
-            self.positions[p] = position
-        return {p: ends[tp] for p, tp in self._assignment.items()}
+            mine[p] = position, ends[tp]
+        every: dict[int, tuple[int, int]] = {}
+        for part in self._group.gather(msgspec.msgpack.encode(mine)):
+            every |= msgspec.msgpack.decode(part, type=dict[int, tuple[int, int]])
+        self.positions: dict[int, int] = {p: position for p, (position, _) in sorted(every.items())}
+        self._ends = {p: end for p, (_, end) in every.items()}
+        self._at_end = {p for p, (position, end) in every.items() if position >= end}
 
     def take(self, size: int, wait: float) -> list[Any]:
         """The next batch: ``size`` records in merge order, fewer at the end of the log after ``wait`` seconds.
@@ -119,7 +167,7 @@ class LabelSource:
         Empty when there is nothing to cut yet; blocks for about ``wait`` seconds at most. ``positions`` moves behind
         what was returned.
         """
-        started = self._clock()
+        started = self._time()
         while True:
             self._merge(size)
             if len(self._pending) < size:
@@ -127,24 +175,31 @@ class LabelSource:
                 self._merge(size)
             if len(self._pending) >= size:
                 return self._cut()
-            if self._clock() - started >= wait:
+            if self._time() - started >= wait:
                 return self._cut() if self._drained() else []
 
     def lag(self) -> dict[int, int]:
         """Records behind the known end, per partition."""
-        return {p: max(0, self._end(p) - position) for p, position in self.positions.items()}
+        return {p: max(0, self._ends[p] - position) for p, position in self.positions.items()}
 
     def close(self) -> None:
         self._consumer.close()
 
+    def _time(self) -> float:
+        # In a group that of rank 0 as of the last exchange, so that all ranks decide the same.
+        return self._clock() if self._group.ranks == 1 else self._now
+
     def _fetch(self) -> None:
-        # Partitions that are ahead are not paused: in kafka-python 3.0.12 a partition that was paused with records in
-        # hand can stay without records for ever after it is resumed.
-        started = self._clock()
-        for tp, records in self._consumer.poll(timeout_ms=50).items():
-            self._buffers[tp.partition].extend(records)
-            self._stalled.discard(tp.partition)
-        waited = self._clock() - started
+        every = self._exchanged(self._poll())
+        for polled in every:
+            for record in polled.records:
+                self._buffers[record.partition].append(record)
+                self._stalled.discard(record.partition)
+            self._ends |= polled.ends
+        self._at_end = {p for polled in every for p in polled.at_end}
+        self._now = every[0].now
+        self._idle = not any(polled.records for polled in every)
+        waited = max(polled.waited for polled in every)
         self._blocked = {p: self._blocked.get(p, 0.0) + waited for p in self._buffers if not self._ready(p)}
         if not self._blocked:
             return
@@ -153,6 +208,25 @@ class LabelSource:
         if stalled:
             log.warning("labels_stalled", partitions=stalled, held_bytes=held)
             self._stalled.update(stalled)
+
+    def _poll(self) -> _Polled:
+        # Partitions that are ahead are not paused: in kafka-python 3.0.12 a partition that was paused with records in
+        # hand can stay without records for ever after it is resumed.
+        started = self._clock()
+        # One rank must not wait for records while others have some.
+        polled = self._consumer.poll(timeout_ms=50 if self._idle or self._group.ranks == 1 else 0)
+        now = self._clock()
+        # No high-water mark until the first fetch of the partition has come back.
+        ends = {p: max(self._ends[p], self._consumer.highwater(tp) or 0) for p, tp in self._assignment.items()}
+        at_end = [p for p, tp in self._assignment.items() if self._consumer.position(tp) >= ends[p]]
+        return _Polled([record for records in polled.values() for record in records], ends, at_end, now, now - started)
+
+    def _exchanged(self, mine: _Polled) -> list[_Polled]:
+        """What all ranks have polled, in rank order."""
+        if self._group.ranks == 1:
+            return [mine]
+        mine.records = [Record.of(record) for record in mine.records]
+        return [msgspec.msgpack.decode(one, type=_Shared) for one in self._group.gather(msgspec.msgpack.encode(mine))]
 
     def _merge(self, size: int) -> None:
         while len(self._pending) < size and all(self._ready(p) for p in self._buffers):
@@ -168,15 +242,9 @@ class LabelSource:
             self.positions[record.partition] = record.offset + 1
         return batch
 
-    def _end(self, p: int) -> int:
-        # None until the first fetch of the partition has come back.
-        return max(self._ends[p], self._consumer.highwater(self._assignment[p]) or 0)
-
     def _ready(self, p: int) -> bool:
         """Whether the partition's next record is in the buffer, does not exist yet, or is no longer waited for."""
-        if self._buffers[p] or p in self._stalled:
-            return True
-        return bool(self._consumer.position(self._assignment[p]) >= self._end(p))
+        return bool(self._buffers[p]) or p in self._stalled or p in self._at_end
 
     def _drained(self) -> bool:
         return all(not buffer and self._ready(p) for p, buffer in self._buffers.items())

@@ -19,6 +19,7 @@ from gpl.catalogue import Catalogue
 from gpl.labels.evidence import Evidence, Reading
 from gpl.labels.matching import Floats
 from gpl.preranker.batch import Batch
+from gpl.preranker.division import Division, Each
 from gpl.preranker.ids import GrowingIds
 from gpl.preranker.learner import Learner
 from gpl.preranker.loss import LossConfig
@@ -69,9 +70,18 @@ class Trainer:
     nothing to train on.
     """
 
-    def __init__(self, settings: TrainerSettings, frame: Frame, catalogue: Catalogue, evaluations: bool = True) -> None:
-        """``evaluations``: whether ``step`` returns lines for the evaluation journal."""
+    def __init__(
+        self,
+        settings: TrainerSettings,
+        frame: Frame,
+        catalogue: Catalogue,
+        evaluations: bool = True,
+        each: Each | None = None,
+    ) -> None:
+        """``evaluations``: whether ``step`` returns lines for the evaluation journal. ``each``: how the gradients of
+        the ranks of a group come together, None without one."""
         self._lines = evaluations
+        self._each = each
         self._settings = settings
         self._frame = frame
         self._catalogue = catalogue
@@ -115,7 +125,7 @@ class Trainer:
             self._grow()
             exposed_rows = batch.item_row[batch.item[batch.exposed]]
             new, tail = self._exposures[exposed_rows] == 0, self._exposures[exposed_rows] <= self._tail
-            logits = self._train(batch)
+            logits = self._train(batch, [r.rank for r in prepared.requests])
             lines = self._validate(prepared.requests, batch, logits, new, tail)
             np.add.at(self._exposures, exposed_rows, 1)
             self._calibration.add(batch.score[batch.exposed], batch.clicked[batch.exposed])
@@ -317,9 +327,10 @@ class Trainer:
             metrics.IDS_FORGOTTEN.labels("users").inc(len(users))
             metrics.IDS_FORGOTTEN.labels("items").inc(len(items))
 
-    def _train(self, batch: Batch) -> dict[str, Floats]:
+    def _train(self, batch: Batch, ranks: Sequence[int]) -> dict[str, Floats]:
         """Train every model on the batch. Returns the logits (P,) that each gave its pairs before that."""
         content, logits = self._catalogue.vectors, {}
+        division = None if self._each is None else Division(np.array(ranks, np.int64), self._each)
         # Of earlier batches: what this one teaches must not depend on its own clicks twice.
         weight = self._evidence.read().weight if self._settings.evidence else 1.0
         for name, learner in self._learners.items():
@@ -327,7 +338,7 @@ class Trainer:
             if exposed_only:
                 with torch.no_grad():
                     logits[name] = learner.model(batch, content).full.numpy()
-            loss = learner.step(batch, content, weight)
+            loss = learner.step(batch, content, weight, division)
             if not exposed_only:
                 logits[name] = learner.logits
             if name == MAIN and loss is not None:

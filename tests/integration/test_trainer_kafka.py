@@ -25,8 +25,11 @@ from streams.log_view import LogView
 from streams.metrics import Health
 from streams.scoring.scorer import Scorer
 from streams.settings import KafkaSettings, Settings, TrainerSettings
+from streams.storage import open_storage
 from streams.topics import full_name
+from streams.trainer.batch_journal import BatchJournal
 from streams.trainer.checkpoint import Checkpoint, CheckpointStore
+from streams.trainer.group import Alone, Processes
 from streams.trainer.loop import run
 from streams.trainer.rebuild import RebuildError, rebuild
 from streams.trainer.source import LabelSource
@@ -185,6 +188,45 @@ def test_batches_follow_the_time_of_publication_across_partitions(topics: Topics
 def test_a_position_behind_the_end_is_refused(topics: Topics) -> None:
     with pytest.raises(ValueError, match=r"partition 2: position 5 is behind its end 0"):
         LabelSource(topics.kafka, {2: 5})
+
+
+def cut(rank: int, ranks: int, meet: str, kafka: KafkaSettings, size: int, found: Any) -> None:
+    """One rank reads all that lies on the log."""
+    with Processes(rank, ranks, meet) as group, closing(LabelSource(kafka, {}, group=group)) as source:
+        batches: list[list[tuple[int, int]]] = []
+        while sum(source.lag().values()):
+            if batch := source.take(size, wait=0.05):
+                batches.append([(r.partition, r.offset) for r in batch])
+        found.put((rank, batches))
+
+
+def test_ranks_cut_the_batches_that_one_trainer_cuts(topics: Topics, tmp_path: Path) -> None:
+    rng = random.Random(2)
+    for n in range(900):
+        topics.send("labels", "k", b"%d" % n, partition=rng.choice([0, 0, 0, 1, 2]), timestamp_ms=10_000 + n // 3)
+    topics.producer.flush()
+    with closing(LabelSource(topics.kafka, {})) as source:
+        expected: list[list[tuple[int, int]]] = []
+        while sum(source.lag().values()):
+            if batch := source.take(16, wait=0.05):
+                expected.append([(r.partition, r.offset) for r in batch])
+    assert [len(batch) for batch in expected] == [16] * 56 + [4]
+    found = _PROCESSES.Queue()
+    meet = (tmp_path / "meet").as_uri()
+    processes = [_PROCESSES.Process(target=cut, args=(r, 2, meet, topics.kafka, 16, found)) for r in range(2)]
+    for process in processes:
+        process.start()
+    by_rank = dict(found.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert by_rank == {0: expected, 1: expected}
+    with pytest.raises(ValueError, match=r"ranks: 4, but .* has 3 partitions"):
+        LabelSource(topics.kafka, {}, group=TooMany())
+
+
+class TooMany(Alone):
+    ranks = 4
 
 
 # Recovery
@@ -356,6 +398,89 @@ def test_kill_9_at_any_moment_leaves_what_the_log_gives_again(topics: Topics, tm
     steps = CheckpointStore(settings.trainer.checkpoints, 3).steps()
     made = rebuild(settings, versions[-1], base=steps[0], frame=FRAME)
     assert made.differing == [] and made.base == steps[0] and made.steps == checkpoint.step - steps[0]
+
+
+def train_as(rank: int, ranks: int, meet: str, settings: Settings, stop: Any, journal: Path) -> None:
+    with Processes(rank, ranks, meet) as group:
+        run(settings, stop, None, journal, FRAME, group=group)
+
+
+class Ranks:
+    """A group of trainers, a process each."""
+
+    def __init__(self, settings: Settings, journal: Path, ranks: int, meet: Path) -> None:
+        self.stop = _PROCESSES.Event()
+        self.processes = []
+        for rank in range(ranks):
+            arguments = rank, ranks, meet.as_uri(), settings, self.stop, journal
+            self.processes.append(_PROCESSES.Process(target=train_as, args=arguments, daemon=True))
+            self.processes[-1].start()
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        until(lambda: condition() or any(p.exitcode is not None for p in self.processes), timeout=120)
+        assert [p.exitcode for p in self.processes] == [None] * len(self.processes), "the output tells why"
+
+    def kill(self, rank: int) -> None:
+        """The others end by themselves."""
+        self.processes[rank].kill()
+        for process in self.processes:
+            process.join(60)
+        assert self.processes[rank].exitcode == -signal.SIGKILL
+        assert all(p.exitcode not in (None, 0) for p in self.processes)
+
+    def finish(self) -> None:
+        self.stop.set()
+        for process in self.processes:
+            process.join(60)
+            assert process.exitcode == 0
+
+
+def test_a_group_of_ranks_survives_kill_9_of_any_and_is_made_again_in_one_process(
+    topics: Topics, tmp_path: Path
+) -> None:
+    settings = settings_of(
+        topics.kafka,
+        tmp_path,
+        checkpoint_every_wall_seconds=0.1,
+        publish_every_wall_seconds=0.3,
+        max_users=USERS - 5,
+    )
+    lines = tmp_path / "evaluations.jsonl"
+    producing = Producing(topics, 500)
+    producing.start()
+    rng = random.Random()
+    kills = sorted(rng.sample(range(20, 400), 2))
+    for victim, at in zip((1, 0), kills, strict=True):
+        group = Ranks(settings, lines, 2, tmp_path / f"meet-{victim}")
+        before = newest(settings.trainer.checkpoints)
+        group.wait_for(
+            lambda at=at, before=before: producing.sent >= at and newest(settings.trainer.checkpoints) > before
+        )
+        threading.Event().wait(rng.random() * 0.3)
+        group.kill(victim)
+    # A single trainer takes over what a group has left, and a group what that has.
+    trainer = Trainer(settings, lines)
+    before = newest(settings.trainer.checkpoints)
+    trainer.wait_for(lambda: newest(settings.trainer.checkpoints) > before)
+    trainer.kill()
+    group = Ranks(settings, lines, 2, tmp_path / "meet-last")
+    group.wait_for(lambda: not producing.is_alive() and saved(settings.trainer.checkpoints) == producing.total)
+    group.finish()
+
+    evaluated = [json.loads(line) for line in lines.read_text().splitlines()]
+    shown = [(line["request_id"], line["item"]) for line in evaluated if line["kind"] == "score"]
+    assert len(set(shown)) == len(shown) == 4 * producing.count
+    assert sum(final(settings).positions.values()) == producing.total
+    origins = [dict(record.headers) for record in topics.read("dead-letters")]
+    assert len({(at["gpl-partition"], at["gpl-offset"]) for at in origins}) == producing.counts["bad"]
+
+    journal = BatchJournal(open_storage(settings.trainer.checkpoints))
+    assert [journal.header(run).ranks for run in journal.runs()] == [2, 2, 1, 2]
+    announced = [decode(ModelUpdate, r.value) for r in topics.read("model-updates")]
+    assert sum(announced[-1].source_offsets.values()) == producing.total
+    made = rebuild(settings, announced[-1].version, frame=FRAME)
+    assert (made.differing, made.first_difference, made.base) == ([], None, None), f"killed at {kills}"
+    assert made.steps == int(announced[-1].version[-8:])
 
 
 def test_start_from_goes_back_and_models_of_both_histories_can_be_made_again(topics: Topics, tmp_path: Path) -> None:
