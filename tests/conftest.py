@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
+import time
 import uuid
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
+import fsspec
 import pytest
 from hypothesis import settings as hypothesis_settings
 from kafka import KafkaAdminClient
@@ -84,3 +90,38 @@ def kafka_settings(kafka: ApacheKafka) -> Iterator[KafkaSettings]:
     with KafkaAdminClient(**client_options(own)) as admin:
         mine = [topic for topic in admin.list_topics() if topic.startswith(own.prefix)]
         admin.delete_topics(mine, raise_errors=False)  # one that the test itself deleted may still be listed
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[None]:
+    """An S3 server (moto's) in a process of its own; while it runs, the environment leads S3 clients to it."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            assert server.poll() is None and time.monotonic() < deadline, "the S3 server did not start"
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.05)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+            patch.setenv("AWS_ACCESS_KEY_ID", "test")
+            patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+            patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+            yield
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture
+def bucket(s3_server: None) -> str:
+    """URL of a new bucket."""
+    url = f"s3://bucket-{uuid.uuid4().hex}"
+    fsspec.url_to_fs(url, skip_instance_cache=True)[0].mkdir(url)
+    return url

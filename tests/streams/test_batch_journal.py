@@ -1,6 +1,5 @@
 """The batch journal leads from a step back to the beginning, says where it breaks off, and does not grow for ever."""
 
-import uuid
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,9 @@ from streams.trainer import batch_journal
 from streams.trainer.batch_journal import Batch, BatchJournal, JournalError, Run, ranges, software
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "s3"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    return open_storage(tmp_path if request.param == "local" else f"memory://{uuid.uuid4().hex}")
+    return open_storage(tmp_path if request.param == "local" else request.getfixturevalue("bucket"))
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import uuid
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -118,9 +117,11 @@ def manifest(version: str = "v000001-00000003") -> models.Manifest:
     )
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "s3"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> models.ModelStore:
-    return models.ModelStore(tmp_path / "a b#c%d ü" if request.param == "local" else f"memory://{uuid.uuid4().hex}/m")
+    return models.ModelStore(
+        tmp_path / "a b#c%d ü" if request.param == "local" else f"{request.getfixturevalue('bucket')}/models"
+    )
 
 
 def test_a_published_model_reads_back_exactly(store: models.ModelStore) -> None:
