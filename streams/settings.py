@@ -196,6 +196,9 @@ class TrainerSettings(Section):
         "softmax", description="softmax ranks clicks above them; pointwise is milder to rare items"
     )
     loss: Literal["listwise", "pointwise"] = "listwise"
+    personal: bool = Field(
+        False, description="listwise labels teach taste alone, not how good items are; for users of many clicks"
+    )
     shadow: bool = Field(
         False, description="train an exposed-only twin beside it, to see the gain of pseudo-labels live"
     )

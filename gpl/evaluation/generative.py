@@ -26,13 +26,14 @@ _CHUNK = 256
 @dataclass(frozen=True)
 class Parts:
     """What of GPL is on. ``weight``: lambda; ``negatives``, ``form``, ``source``: their weight, loss and where they are
-    from. A factor of confidence that is False is left out."""
+    from; ``personal`` as in `LossConfig`. A factor of confidence that is False is left out."""
 
     generator: Generator = "small-lm"
     weight: float = 1.0
     negatives: float = 1.0
     form: Literal["softmax", "pointwise"] = "softmax"
     source: Source = "recalled"
+    personal: bool = False
     centred: bool = True
     downsample: bool = True
     shuffled: bool = False
@@ -62,7 +63,9 @@ def gpl(bench: Bench, parts: Parts) -> Scores:
     kept = pairs.exposed | ~np.isnan(labels.score)
     pairs = pairs.keep(kept)
     columns = Columns(labels.score[kept], labels.label[kept], labels.confidence[kept])
-    loss = LossConfig(pseudo_weight=parts.weight, negatives_weight=parts.negatives, negatives=parts.form)
+    loss = LossConfig(
+        pseudo_weight=parts.weight, negatives_weight=parts.negatives, negatives=parts.form, personal=parts.personal
+    )
 
     weight = evidence_weight(pairs, columns.score)
 

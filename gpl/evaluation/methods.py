@@ -76,8 +76,12 @@ _NEGATIVES = {"weight": (1.0, 0.3, 3.0), "source": ("recalled", "uniform")}
 _TAUGHT = {"weight": (1.0, 0.3)}
 
 _FORM = {"form": ("softmax", "pointwise"), "source": ("recalled", "uniform"), "negatives": (1.0, 3.0, 10.0)}
-_LABELS = {"weight": (0.0, 0.1, 0.3, 1.0, 3.0, 10.0), "form": ("softmax", "pointwise")}
-_RECALLED = {"source": "recalled"}
+_LABELS = {
+    "personal": (False, True),
+    "weight": (0.0, 0.1, 0.3, 1.0, 3.0, 10.0),
+    "form": ("softmax", "pointwise"),
+}
+_START = {"source": "recalled", "weight": 1.0}
 """Pseudo-labels are of what requests recalled, as in the stream; negatives alone may be of all items."""
 
 METHODS: tuple[Method, ...] = (
@@ -142,7 +146,7 @@ METHODS: tuple[Method, ...] = (
         _TAUGHT,
         settings={"generator": "history"},
     ),
-    Method("gpl", "GPL", "gpl", _gpl, _LABELS, like="no-labels", settings=_RECALLED),
+    Method("gpl", "GPL", "gpl", _gpl, _LABELS, like="no-labels", settings=_START),
     Method(
         "mean-labels",
         "Mean-history labels instead of a generator's",
@@ -150,7 +154,7 @@ METHODS: tuple[Method, ...] = (
         _gpl,
         _LABELS,
         like="no-labels",
-        settings={"generator": "mean", **_RECALLED},
+        settings={"generator": "mean", **_START},
     ),
     _like("gpl-lm", "GPL, small LM", "gpl", generator="small-lm"),
     _like("no-dispersion", "GPL without the dispersion factor", "ablation", dispersion=False),

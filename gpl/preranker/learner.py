@@ -19,8 +19,8 @@ from gpl.labels.matching import Floats, Ints
 from gpl.preranker.batch import Batch
 from gpl.preranker.division import Division, Part, ordered_sum, sparse_sum
 from gpl.preranker.effects import ItemEffects
-from gpl.preranker.loss import Loss, LossConfig, Mass, joint_loss
-from gpl.preranker.model import PreRanker, grown
+from gpl.preranker.loss import Loss, LossConfig, Mass, joint_loss, with_default_user
+from gpl.preranker.model import Logits, PreRanker, grown
 
 _PREFIX = "optimizer."
 _STEPS = _PREFIX + "steps"
@@ -74,9 +74,9 @@ class Learner:
         self.model.observe(batch.score)
         if division is not None:
             return self._step_divided(batch, content, config, division)
-        logits = self.model(batch, content)
+        logits, default = self._logits(batch, content, config)
         self.logits = logits.full.detach().numpy()
-        loss = joint_loss(logits, batch, config, self.effects.observe(batch))
+        loss = joint_loss(logits, batch, config, self.effects.observe(batch), default=default)
         if not loss.total.requires_grad:
             return None
         self.update(loss.total)
@@ -96,9 +96,9 @@ class Learner:
             if not chosen.any():
                 return {}
             own, own_effects = batch.pairs(chosen), effects.pairs(chosen)
-            logits = self.model(own, content)
+            logits, default = self._logits(own, content, config)
             share = Mass.of(own, config, own_effects, is_part=True).share(mass)
-            loss = joint_loss(logits, own, config, own_effects, share)
+            loss = joint_loss(logits, own, config, own_effects, share, default)
             made = {"logits": logits.full.detach()}
             if not loss.total.requires_grad:
                 return made
@@ -128,6 +128,14 @@ class Learner:
             table.grad = sparse_sum([made[f"{name}.rows"] for made in some], [made[name] for made in some], table)
         self._descend()
         return Loss(*ordered_sum([made["loss"] for made in some]))
+
+    def _logits(self, batch: Batch, content: Floats, config: LossConfig) -> tuple[Logits, Tensor | None]:
+        """The model's, and the default user's of the same items (P,) where labels are compared with the rest alone."""
+        if not (config.personal and config.pseudo_weight > 0):
+            return self.model(batch, content), None
+        every, pairs = self.model(with_default_user(batch), content), len(batch.request)
+        default = every.full[pairs:].index_select(0, torch.from_numpy(batch.item))
+        return Logits(every.full[:pairs], every.towers[:pairs]), default
 
     def _descend(self) -> None:
         for _, table in self.model.tables():

@@ -38,7 +38,8 @@ class LossConfig:
     """``pseudo_weight`` is lambda. ``negatives_weight``: unexposed pairs also count as not clicked, this much.
 
     ``centred``: listwise targets are of the scores less their items' means. ``log_odds``: negatives are corrected for
-    how often their items are candidates.
+    how often their items are candidates. ``personal``: listwise pseudo-labels are compared with what the model says
+    of the user beyond the default user; what it says of items to everybody is left to clicks.
     """
 
     pseudo: Literal["listwise", "pointwise"] = "listwise"
@@ -48,6 +49,7 @@ class LossConfig:
     centred: bool = True
     log_odds: bool = True
     temperature: float = 1.0
+    personal: bool = False
 
     def __post_init__(self) -> None:
         if self.pseudo not in ("listwise", "pointwise"):
@@ -122,11 +124,13 @@ def joint_loss(
     config: LossConfig,
     effects: PairEffects | None = None,
     share: Mass | None = None,
+    default: Tensor | None = None,
 ) -> Loss:
     """The loss of one batch; ``logits`` are the model's for ``batch``, ``effects`` what is known of its items.
 
     Without ``effects`` nothing is taken out: all items are alike. ``share``: of each term's mass in a larger batch of
-    which this is a part; the loss is then its summand.
+    which this is a part; the loss is then its summand. ``default`` (P,): logits of the same items for the default user,
+    taken off where listwise pseudo-labels are compared.
     """
     zero = logits.full.new_zeros(())
     exposed, hidden = np.flatnonzero(batch.exposed), np.flatnonzero(~batch.exposed)
@@ -142,7 +146,8 @@ def joint_loss(
             pseudo = pointwise(_at(logits.full, hidden), batch, hidden)
         else:
             score = _targets(batch, hidden, config, effects)
-            pseudo = listwise(_at(logits.full, hidden), batch, hidden, score, config.temperature)
+            own = logits.full if default is None else logits.full - default
+            pseudo = listwise(_at(own, hidden), batch, hidden, score, config.temperature)
         if share is not None:
             pseudo = pseudo * share.pseudo
         total = total + config.pseudo_weight * pseudo
@@ -157,6 +162,24 @@ def joint_loss(
             negatives = negatives * share.negatives
         total = total + config.negatives_weight * negatives
     return Loss(total, actual, pseudo, negatives)
+
+
+def with_default_user(batch: Batch) -> Batch:
+    """The batch and one more request at its end: of the default user (row 0), who has no anchors, for each item."""
+    items = len(batch.item_row)
+    nothing = np.zeros(items, dtype=np.float32)
+    return Batch(
+        user_row=np.append(batch.user_row, 0),
+        item_row=batch.item_row,
+        content_row=batch.content_row,
+        request=np.append(batch.request, np.full(items, len(batch.user_row))),
+        item=np.append(batch.item, np.arange(items)),
+        score=np.append(batch.score, np.full(items, np.nan, dtype=np.float32)),
+        exposed=np.append(batch.exposed, np.zeros(items, dtype=bool)),
+        clicked=np.append(batch.clicked, nothing),
+        label=np.append(batch.label, nothing),
+        confidence=np.append(batch.confidence, nothing),
+    )
 
 
 def sampled_softmax(logits: Tensor, batch: Batch) -> Tensor:

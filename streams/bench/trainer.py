@@ -215,7 +215,9 @@ def _bare(workload: Workload, values: list[bytes], warm: int, settings: TrainerS
         batches.append(batch)
     model = PreRanker(workload.load.dim, settings.dim, settings.seed)
     model.grow(users.size, items.size)
-    loss = LossConfig(settings.loss, settings.pseudo_weight, settings.negatives_weight, settings.negatives)
+    loss = LossConfig(
+        settings.loss, settings.pseudo_weight, settings.negatives_weight, settings.negatives, personal=settings.personal
+    )
     learner = Learner(model, loss, settings.learning_rate, settings.weight_decay)
     timed = warm // settings.batch_records
     for batch in batches[:timed]:

@@ -35,6 +35,7 @@ TRAINER = frozenset(
         "evidence",
         "negatives_weight",
         "negatives",
+        "personal",
         "loss",
         "learning_rate",
         "weight_decay",

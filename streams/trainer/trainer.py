@@ -284,7 +284,9 @@ class Trainer:
         settings = self._settings
         # The same seed for both: they start from the same weights.
         model = PreRanker(self._frame.dim, settings.dim, settings.seed)
-        loss = LossConfig(settings.loss, pseudo_weight, negatives_weight, settings.negatives)
+        loss = LossConfig(
+            settings.loss, pseudo_weight, negatives_weight, settings.negatives, personal=settings.personal
+        )
         return Learner(model, loss, settings.learning_rate, settings.weight_decay)
 
     def _admit(self, labels: Sequence[Columns]) -> tuple[Prepared, int]:

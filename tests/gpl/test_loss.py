@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from gpl.preranker.batch import Batch, Example
 from gpl.preranker.effects import ItemEffects, PairEffects
+from gpl.preranker.learner import Learner
 from gpl.preranker.loss import LossConfig, joint_loss
-from gpl.preranker.model import Logits
+from gpl.preranker.model import Logits, PreRanker
 
 
 def record(clicked, hidden_scores, labels=None, confidence=None):
@@ -110,6 +111,39 @@ def test_item_effects_are_taken_out_of_targets_and_negatives():
     plain = joint_loss(Logits(values, values), batch, LossConfig(centred=False, log_odds=False), effects)
     bare = joint_loss(Logits(values, values), batch, LossConfig())
     assert plain.total.item() == bare.total.item()
+
+
+def test_personal_labels_leave_what_the_model_tells_everybody_to_clicks():
+    batch = Batch.collate([record([1], [0.1, 0.9, 0.4]), record([], [0.7, 0.2])])
+    content = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
+    config = LossConfig("listwise", 1.0, 0.0, centred=False, personal=True)
+
+    def learner(popularity):
+        model = PreRanker(4, 3, 0)
+        model.grow(5, 8)
+        with torch.no_grad():
+            model.users[1:5] = torch.linspace(-1, 1, 12).reshape(4, 3)
+            model.default += torch.tensor([0.3, -0.2, popularity])
+            model.item_bias[1:8] = popularity * torch.arange(7.0)[:, None]
+        return Learner(model, config, 0.01, 0.0)
+
+    plain, popular = learner(0.0), learner(2.0)
+    by_hand = plain.model.score(1, batch.item_row, content[batch.content_row], None)[batch.item]
+    by_hand -= plain.model.score(0, batch.item_row, content[batch.content_row], None)[batch.item]
+    got = plain.step(batch, content).pseudo.item()
+    # The anchor score's cross input is personal: it stays in.
+    z = (batch.score - np.nanmean(batch.score)) / np.nanstd(batch.score)
+    divergence = []
+    for hidden in ([1, 2, 3], [4, 5]):
+        score = batch.score[hidden]
+        p, q = softmax((score - score.mean()) / score.std()), softmax((by_hand + z)[hidden])
+        divergence.append((p * np.log(p / q)).sum())
+    assert got == pytest.approx(np.mean(divergence), rel=1e-4)
+    # How good items are to everybody changes nothing, nor do labels teach it.
+    assert popular.step(batch, content).pseudo.item() == pytest.approx(got, rel=1e-4)
+    clicked = batch.item_row[batch.item[batch.exposed]]
+    moved = np.flatnonzero(popular.model.item_bias.detach().numpy()[1:8, 0] != 2.0 * np.arange(7)) + 1
+    assert moved.tolist() == clicked.tolist()
 
 
 @given(seed=st.integers(0, 99), size=st.integers(1, 3))
