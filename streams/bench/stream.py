@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from kafka import KafkaAdminClient, TopicPartition
 from kafka.admin import ConfigResource, ConfigResourceType
+from threadpoolctl import threadpool_limits
 
 from streams import topics
 from streams.bench import worker
@@ -140,15 +141,15 @@ def _drain(parts: list[Part], requests: int) -> Throughput:
     settled = [row for row in readings if sum(r.closed for r in row[1]) >= SETTLED[0] * requests]
     (t0, first), (t1, last) = settled[0], settled[-1]
     seconds = max(1e-9, t1 - t0)
-    read = [row for row in readings if any(r.events for r in row[1])]
-    read_seconds = max(1e-9, t1 - read[0][0])
+    begins = next(n for n, row in enumerate(readings) if any(r.events for r in row[1]))
+    t_read, before = readings[max(0, begins - 1)]
     return Throughput(
         workers=len(parts),
         requests=requests,
         seconds=seconds,
         requests_per_second=worker.rate(first, last, "closed", seconds),
         labels_per_second=worker.rate(first, last, "labels", seconds),
-        events_per_second=worker.rate(read[0][1], last, "events", read_seconds),
+        events_per_second=worker.rate(before, last, "events", max(1e-9, t1 - t_read)),
         requests_per_cpu_second=worker.per_cpu_second(first, last),
         stages=worker.stages_per_request(first, last),
         peak_rss_mb=max(sum(r.rss for r in row) for _, row in readings) / 2**20,
@@ -253,8 +254,9 @@ def bare_product(load: Load, rounds: int = 200) -> dict[str, float]:
     anchors = matrix[: load.anchors].copy()
     rows = [rng.integers(0, load.items, load.candidates) for _ in range(rounds)]
     gathered = matrix[rows[0]]
-    both = _median(lambda r: matrix[r] @ anchors.T, rows)
-    product = _median(lambda _: gathered @ anchors.T, rows)
+    with threadpool_limits(1):
+        both = _median(lambda r: matrix[r] @ anchors.T, rows)
+        product = _median(lambda _: gathered @ anchors.T, rows)
     return {"gather_and_product": both, "product": product, "requests_per_second": 1e6 / both}
 
 
