@@ -7,9 +7,11 @@ the directory counts as absent. One writer per location is assumed; readers may 
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 from urllib.parse import urlsplit
@@ -127,7 +129,10 @@ class LocalStorage:
 
 
 class ObjectStorage:
-    """A prefix of an object store, through fsspec. A single object's write is atomic there; nothing else is."""
+    """A prefix of an object store, through fsspec. A single object's write is atomic there; nothing else is.
+
+    Whatever the store's client raises comes as OSError.
+    """
 
     def __init__(self, url: str) -> None:
         self._fs, root = fsspec.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)
@@ -144,31 +149,45 @@ class ObjectStorage:
         return self.uri(name)
 
     def read(self, name: str) -> bytes:
-        data: bytes = self._fs.cat_file(self._path(name))
+        with self._errors():
+            data: bytes = self._fs.cat_file(self._path(name))
         return data
 
     def put(self, name: str, data: bytes) -> None:
         path = self._path(name)
-        # Object stores have no directories; the file systems among fsspec's (sftp, hdfs, mounted) want them.
-        self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-        self._fs.pipe_file(path, data)
+        with self._errors():
+            # Object stores have no directories; the file systems among fsspec's (sftp, hdfs, mounted) want them.
+            self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            self._fs.pipe_file(path, data)
 
     def names(self, below: str = "") -> list[str]:
         try:
-            found = self._fs.ls(self._path(below) if below else self._root, detail=False)
+            with self._errors():
+                found = self._fs.ls(self._path(below) if below else self._root, detail=False)
         except FileNotFoundError:
             return []
         return sorted({path.rstrip("/").rpartition("/")[2] for path in found} - {""})
 
     def remove(self, name: str, last: str | None = None) -> None:
         path = self._path(name)
-        if last is not None and self._fs.exists(f"{path}/{last}"):
-            self._fs.rm_file(f"{path}/{last}")
-        if self._fs.exists(path):
-            self._fs.rm(path, recursive=True)
+        with self._errors():
+            if last is not None and self._fs.exists(f"{path}/{last}"):
+                self._fs.rm_file(f"{path}/{last}")
+            if self._fs.exists(path):
+                self._fs.rm(path, recursive=True)
 
     def uri(self, name: str) -> str:
         return f"{self._url}/{name}"
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        # Clients raise errors of their own (no credentials, no connection): callers are to meet OSError alone.
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as error:
+            raise OSError(errno.EIO, f"{self._url}: {error}") from error
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"

@@ -247,7 +247,9 @@ def test_a_damaged_model_is_refused_and_the_old_one_stays(world: World) -> None:
     assert world.scorer.score("u1", ITEMS) == before
 
 
-def test_models_that_do_not_fit_are_refused(world: World) -> None:
+def test_models_that_do_not_fit_are_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)  # a store that cannot be read for want of credentials
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     _, good = world.model(5)
     world.announce(good)
     _, elsewhere = world.model(6, encoder="encoder-2")
