@@ -41,6 +41,12 @@ WARM_UP_CALLS = 20
 """Scored before readiness, so that no request pays for first touches of memory and libraries."""
 
 
+# Bound once: a look-up by label takes a lock.
+_UNKNOWN_CANDIDATES = metrics.SCORE_UNKNOWN.labels("candidate")
+_UNKNOWN_USERS = metrics.SCORE_UNKNOWN.labels("user")
+_UNKNOWN_ANCHORS = metrics.SCORE_UNKNOWN.labels("anchors")
+
+
 class NotReadyError(RuntimeError):
     """No model is in service yet."""
 
@@ -138,9 +144,9 @@ class Scorer:
         known_user = served.knows(user_id)
         metrics.SCORE_SECONDS.observe(time.perf_counter() - started)
         metrics.SCORE_CANDIDATES.inc(len(candidates))
-        metrics.SCORE_UNKNOWN.labels("candidate").inc(len(unknown))
-        metrics.SCORE_UNKNOWN.labels("user").inc(not known_user)
-        metrics.SCORE_UNKNOWN.labels("anchors").inc(anchors is None)
+        _UNKNOWN_CANDIDATES.inc(len(unknown))
+        _UNKNOWN_USERS.inc(not known_user)
+        _UNKNOWN_ANCHORS.inc(anchors is None)
         return Scored(
             model_version=served.version,
             items=[*map(known.__getitem__, order.tolist()), *unknown],
