@@ -11,7 +11,7 @@ import gc
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,7 +24,6 @@ from gpl.catalogue import Catalogue
 from streams import dead_letters, metrics
 from streams.frame import Frame
 from streams.kafka import producer
-from streams.log_view import LogView
 from streams.settings import Settings
 from streams.storage import open_storage
 from streams.topics import full_name
@@ -32,14 +31,15 @@ from streams.trainer import intake
 from streams.trainer.batch_journal import Batch, BatchJournal, Run, ranges, software
 from streams.trainer.checkpoint import Checkpoint, CheckpointStore
 from streams.trainer.columns import Columns
+from streams.trainer.exported import export
 from streams.trainer.gate import Refusal
 from streams.trainer.group import Alone, Group, owner
 from streams.trainer.journal import Journal
 from streams.trainer.publish import Publisher
-from streams.trainer.source import LabelSource, Record, offsets_at
+from streams.trainer.source import LabelSource, offsets_at
 from streams.trainer.start import StartFrom
-from streams.trainer.trainer import MAIN, SHADOW, Trainer
-from streams.views import CatalogueView
+from streams.trainer.trainer import Trainer
+from streams.trainer.vectors import ItemVectors
 
 log = structlog.get_logger()
 
@@ -49,9 +49,6 @@ SEND_SECONDS = 60.0
 """How long a dead letter may take to be acknowledged before the trainer gives up."""
 EXPORT_SECONDS = 10.0
 """Between computations of the exported progressive figures."""
-_VECTORS = "item-vectors"
-FOLLOW_SECONDS = 0.2
-"""Between looks for item vectors that have come."""
 
 
 class TrainingDivergedError(RuntimeError):
@@ -104,18 +101,6 @@ def run(
         loop.finish()
 
 
-class _News(msgspec.Struct, array_like=True):
-    """What a rank tells the others each round: whether it is to stop; rank 0 also which item vectors have come."""
-
-    stop: bool
-    vectors: list[Record]
-
-
-_NEWS = msgspec.msgpack.Decoder(_News)
-_NEWS_RECORDS = 2000
-"""Item vectors in one message while the catalogue is read at the start."""
-
-
 class Loop:
     """What ``run`` repeats, over the connections and files that it holds open."""
 
@@ -145,18 +130,12 @@ class Loop:
         self._journal_length = 0 if checkpoint is None else self._trainer.restore(checkpoint)
         self._dead: list[Any] = []
         self._guard = dead_letters.Guard(settings.dead_letters)
-        self._moved: list[tuple[int, int]] = []  # item vectors taken in since the last batch
-        self._vectors_view = CatalogueView(catalogue, frame.dim, frame.encoder, frame.quantiser)
-        self._came: list[Record] = []  # item vectors that the other ranks are to be told of
         with ExitStack() as opened:
             self._journal = None
-            if self._leads:
-                if journal is not None:
-                    self._journal = opened.enter_context(closing(Journal(journal, self._journal_length)))
-                self._view = opened.enter_context(closing(LogView(settings.kafka, {_VECTORS: self._take_in})))
-                self._view.warm_up()
-            while self._exchange(False, _NEWS_RECORDS).vectors:
-                pass
+            if self._leads and journal is not None:
+                self._journal = opened.enter_context(closing(Journal(journal, self._journal_length)))
+            vectors = ItemVectors(settings.kafka, frame, catalogue, self._group)
+            self._vectors = opened.enter_context(closing(vectors))
             positions = self._positions(start, checkpoint)
             self._source = opened.enter_context(closing(LabelSource(settings.kafka, positions, group=self._group)))
             if self._leads:
@@ -166,7 +145,7 @@ class Loop:
         now = time.monotonic()
         self._next_checkpoint = now + own.checkpoint_every_wall_seconds
         self._next_publication = now + own.publish_every_wall_seconds
-        self._next_export = self._next_follow = now
+        self._next_export = now
         if self._leads:
             self._begin(start, checkpoint)
         log.info(
@@ -179,7 +158,6 @@ class Loop:
         )
 
     def _begin(self, start: StartFrom, checkpoint: Checkpoint | None) -> None:
-        self._vectors = self._view.positions(_VECTORS)
         parent = None if checkpoint is None else checkpoint.run
         self._run = self._batches.begin(lambda number: self._header(number, parent, start)).run
         self._saved = -1 if checkpoint is None else checkpoint.step
@@ -212,26 +190,6 @@ class Loop:
                 positions = {p: max(at, positions.get(p, 0)) for p, at in ahead.items()}
         return msgspec.msgpack.decode(self._from_lead(msgspec.msgpack.encode(positions)), type=dict[int, int])
 
-    def _take_in(self, record: Any) -> None:
-        """One record of the item vectors, which rank 0 reads for all."""
-        if self._group.ranks > 1:
-            self._came.append(Record.of(record))
-        self._vectors_view(record)
-
-    def _exchange(self, stop: bool, at_most: int | None = None) -> _News:
-        """What has come up on all ranks. Item vectors that rank 0 has read are taken in by the others, all or
-        ``at_most`` so many."""
-        if self._group.ranks == 1:
-            return _News(stop, [])
-        mine = _News(stop, self._came[:at_most])
-        del self._came[:at_most]
-        every = [_NEWS.decode(one) for one in self._group.gather(msgspec.msgpack.encode(mine))]
-        if not self._leads:
-            for record in every[0].vectors:
-                with suppress(ValueError):  # rank 0 says in its log what it passed over
-                    self._vectors_view(record)
-        return _News(any(one.stop for one in every), every[0].vectors)
-
     def __enter__(self) -> Loop:
         return self
 
@@ -248,17 +206,16 @@ class Loop:
 
         False, and nothing more is done, when this rank or another is asked to ``stop``.
         """
-        if self._leads:
-            self._follow()
-        if self._exchange(stop).stop:
+        if self._vectors.follow(stop):
             return False
         before = dict(self._source.positions)
         records = self._source.take(self._settings.trainer.batch_records, WAIT_SECONDS)
         if records:
             self._train(records)
             if self._leads:
-                self._batches.append(Batch(ranges(before, self._source.positions), self._moved, self._trainer.loss))
-                self._moved = []
+                read, moved = ranges(before, self._source.positions), self._vectors.moved
+                self._batches.append(Batch(read, moved, self._trainer.loss))
+                self._vectors.settle()
         if self._leads:
             self._do_what_is_due()
         return True
@@ -280,18 +237,6 @@ class Loop:
         if now >= self._next_checkpoint:
             self._save()
             self._next_checkpoint = time.monotonic() + self._settings.trainer.checkpoint_every_wall_seconds
-
-    def _follow(self) -> None:
-        """Take in item vectors that have come, and note where their topic has moved on to since the last batch."""
-        now = time.monotonic()
-        if now >= self._next_follow:
-            self._next_follow = now + FOLLOW_SECONDS
-            if records := self._view.fetch(0):
-                self._view.apply(records)
-                positions = self._view.positions(_VECTORS)
-                moved = {p: at for p, at in positions.items() if at != self._vectors[p]}
-                self._moved = sorted((dict(self._moved) | moved).items())
-                self._vectors = positions
 
     def _train(self, records: list[Any]) -> None:
         labels: list[Columns] = []
@@ -346,7 +291,7 @@ class Loop:
         self._batches.sync()
         try:
             checkpoint = self._trainer.checkpoint(
-                self._source.positions, self._journal_length, self._run, self._vectors
+                self._source.positions, self._journal_length, self._run, self._vectors.positions
             )
         except FloatingPointError as error:
             raise self._diverged(error) from error
@@ -375,7 +320,7 @@ class Loop:
             step=self._trainer.step_count,
             start_from=start.text,
             positions=dict(self._source.positions),
-            vectors=dict(self._vectors),
+            vectors=dict(self._vectors.positions),
             settings=self._settings.trainer.model_dump(mode="json"),
             versions=self._frame.versions,
             threads=torch.get_num_threads(),
@@ -383,25 +328,3 @@ class Loop:
             started_at=int(time.time() * 1000),
             ranks=self._group.ranks,
         )
-
-
-def export(trainer: Trainer) -> None:
-    """Set the gauges of progressive validation, the gain of pseudo-labels and the ids."""
-    figures = trainer.figures()
-    for model, of in figures.items():
-        for name, value in of.items():
-            metrics.PROGRESSIVE.labels(name, model).set(value)
-    if SHADOW in figures:
-        for name in figures[MAIN].keys() & figures[SHADOW].keys():
-            metrics.PSEUDO_LABEL_GAIN.labels(name).set(figures[MAIN][name] - figures[SHADOW][name])
-    for window, models in trainer.slices().items():
-        for model, slices in models.items():
-            for part, found in slices.items():
-                for name, value in found.items():
-                    metrics.PROGRESSIVE_SLICE.labels(name, model, part, window).set(value)
-    reading = trainer.evidence()
-    metrics.LABEL_EVIDENCE_WEIGHT.set(reading.weight)
-    metrics.LABEL_EVIDENCE_EFFECT.labels("mean").set(reading.effect)
-    metrics.LABEL_EVIDENCE_EFFECT.labels("low").set(reading.low)
-    for table, count in trainer.ids().items():
-        metrics.IDS.labels(table).set(count)
