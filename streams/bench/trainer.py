@@ -6,6 +6,7 @@ checkpoints, journal, gate and publication. The bare loop is ``Learner.step`` ov
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import tempfile
 import threading
@@ -194,6 +195,7 @@ def throughput(workload: Workload, values: list[bytes], warm: int, settings: Set
     The records must lie on the log of ``settings``, all of them. ``ranks``: processes of the last figure.
     """
     own = settings.trainer
+    gc.freeze()  # as the trainer does
     return Comparison(
         _bare(workload, values, warm, own),
         _in_memory(workload, values, warm, own),

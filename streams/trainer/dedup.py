@@ -22,11 +22,14 @@ import msgspec
 from streams.trainer.columns import Columns
 
 
-class Trained(msgspec.Struct, array_like=True):
-    """What was trained of one request: newest revision, exposed items, whether pseudo-labels were."""
+class Trained(msgspec.Struct, array_like=True, gc=False):
+    """What was trained of one request: newest revision, exposed items, whether pseudo-labels were.
+
+    Tens of thousands stay for long: there is nothing in them that the collector would have to walk through.
+    """
 
     revision: int
-    exposed: list[str]
+    exposed: tuple[str, ...]
     pseudo: bool
 
 
@@ -54,7 +57,7 @@ class DedupWindow:
     def admit(self, label: Columns) -> Fresh | None:
         """What to train of this record, now counted as trained; None when it is a redelivery."""
         known = self._requests.get(label.request_id)
-        exposed, has_pseudo = label.items[: label.shown], len(label.items) > label.shown
+        exposed, has_pseudo = tuple(label.items[: label.shown]), len(label.items) > label.shown
         if known is None:
             self._requests[label.request_id] = Trained(label.revision, exposed, has_pseudo)
             if len(self._requests) > self._capacity:
@@ -66,7 +69,7 @@ class DedupWindow:
         fresh = [i for i, item in enumerate(exposed) if item not in done]
         pseudo = has_pseudo and not known.pseudo
         known.revision = label.revision
-        known.exposed += [exposed[i] for i in fresh]
+        known.exposed += tuple(exposed[i] for i in fresh)
         known.pseudo = known.pseudo or pseudo
         return Fresh(False, fresh, pseudo)
 

@@ -213,8 +213,9 @@ class LabelSource:
         # Partitions that are ahead are not paused: in kafka-python 3.0.12 a partition that was paused with records in
         # hand can stay without records for ever after it is resumed.
         started = self._clock()
-        # One rank must not wait for records while others have some.
-        polled = self._consumer.poll(timeout_ms=50 if self._idle or self._group.ranks == 1 else 0)
+        # A rank must not wait for records that do not exist yet while others have some.
+        waiting = self._idle or self._group.ranks == 1 or not self._at_end.issuperset(self._assignment)
+        polled = self._consumer.poll(timeout_ms=50 if waiting else 0)
         now = self._clock()
         # No high-water mark until the first fetch of the partition has come back.
         ends = {p: max(self._ends[p], self._consumer.highwater(tp) or 0) for p, tp in self._assignment.items()}
