@@ -24,6 +24,7 @@ CONFIGS = {
     "pointwise": LossConfig("pointwise", negatives="pointwise"),
     "exposed only": LossConfig(pseudo_weight=0, negatives_weight=0),
     "no negatives": LossConfig(negatives_weight=0, centred=False),
+    "personal": LossConfig(personal=True),
 }
 
 
