@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from streams.bench import generators, stream_command
+
+if TYPE_CHECKING:
+    from streams.bench.live import Stages
 
 app = typer.Typer(help="What the system does on this machine, measured through its real parts.", no_args_is_help=True)
 app.command()(generators.generator)
@@ -87,20 +90,24 @@ def serve(
 
 @app.command()
 def freshness(
-    out: Annotated[Path, typer.Option("--out", help="Page of results; runs are kept beside it, and taken up.")] = Path(
-        "runs/freshness/freshness.md"
+    out: Annotated[Path, typer.Option("--out", help="Directory of what was fitted and run; it is taken up.")] = Path(
+        "runs/freshness"
     ),
+    write: Annotated[Path | None, typer.Option("--write", help="Also write the page of results there.")] = None,
     data: Annotated[
         Path | None, typer.Option("--data", help="Directory that holds online_retail/, for a second stream.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     candidates: Annotated[int, typer.Option(min=50, help="A request; recall is simulated.")] = 200,
     window: Annotated[float, typer.Option(min=1, help="Seconds of event time until a request is labelled.")] = 300,
+    live: Annotated[bool, typer.Option("--live", help="Also time clicks through a running system.")] = False,
+    broker: Annotated[str, typer.Option(help="Of the live run: auto, apache, or host:port.")] = "auto",
     config: Annotated[Path | None, typer.Option("--config", help="TOML file; default gpl.toml or GPL_CONFIG.")] = None,
 ) -> None:
     """The value of a fresh model and of fresh anchors: sync intervals, and refreshes by drift, daily and weekly.
 
-    Offline and deterministic, through the parts that the roles run. Needs MovieLens-100K (the recbole wheel).
+    Offline and deterministic, through the parts that the roles run. Needs MovieLens-100K (the recbole wheel). With
+    --live also the time from a click to a served model that was trained on it: broker, roles, trainer and scorer run.
     """
     from streams.bench import freshness as bench
     from streams.bench.timed import movielens_100k, online_retail
@@ -117,15 +124,42 @@ def freshness(
     except (DatasetMissingError, FileNotFoundError, ValueError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
+    out.mkdir(parents=True, exist_ok=True)
+    stages = _live(out / "live.json", broker) if live else None
     found = []
     for stream in streams:
-        directory = out.parent / f"{stream.name.lower().replace(' ', '-')}-{candidates}-{window:g}"
-        directory.mkdir(parents=True, exist_ok=True)
+        directory = out / f"{stream.name.lower().replace(' ', '-')}-{candidates}-{window:g}"
+        directory.mkdir(exist_ok=True)
         found.append((stream, bench.study(stream, settings, plan, directory, typer.echo)))
     command = f"gpl bench freshness --seeds {seeds} --candidates {candidates} --window {window:g}"
-    command += "" if data is None else " --data DIR"
-    out.write_text(bench.page(found, settings, plan, command))
-    typer.echo(f"written to {out}")
+    command += "".join([" --data DIR" if data else "", " --live" if live else "", " --write FILE"])
+    text = bench.page(found, settings, plan, command, stages)
+    if write is None:
+        typer.echo(text)
+        return
+    write.write_text(text)
+    typer.echo(f"written to {write}")
+
+
+def _live(path: Path, broker: str) -> Stages:
+    import os
+
+    import msgspec
+
+    from streams.bench import live
+    from streams.broker import select
+    from streams.settings import KafkaSettings
+
+    if not path.exists():
+        name = f"live-{os.getpid()}"
+        kafka = KafkaSettings(prefix=f"{name}.", group_prefix=f"{name}-")
+        with tempfile.TemporaryDirectory(prefix="gpl-bench-") as directory:
+            at = Path(directory)
+            with select.open_broker(select.choose(broker), kafka, at / "broker") as opened:
+                kafka = kafka.model_copy(update={"bootstrap_servers": opened.bootstrap})
+                found = live.measure(kafka, at, live.Plan(rate=20, seconds=20, window=2, publish=1))
+        path.write_bytes(msgspec.json.encode(found))
+    return msgspec.json.decode(path.read_bytes(), type=live.Stages)
 
 
 @app.command()

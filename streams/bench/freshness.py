@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from gpl.artefacts import Artefacts
 from gpl.evaluation.intervals import Interval, bootstrap_mean_ci, paired_difference_ci
+from streams.bench.live import CANDIDATES, SHOWN, Stages
 from streams.bench.sync import ANCHORS, Outcomes, run
 from streams.bench.timed import TimedStream
 from streams.fitting import catalogue_of, fit_records
@@ -84,13 +85,19 @@ def study(
     return runs
 
 
-def page(streams: Sequence[tuple[TimedStream, list[Run]]], settings: Settings, plan: Study, command: str) -> str:
-    """The results as a Markdown page."""
-    return "\n".join(_page(streams, settings, plan, command)) + "\n"
+def page(
+    streams: Sequence[tuple[TimedStream, list[Run]]],
+    settings: Settings,
+    plan: Study,
+    command: str,
+    live: Stages | None = None,
+) -> str:
+    """The results as a Markdown page. ``live``: of a click's way through a running system, if it was timed."""
+    return "\n".join(_page(streams, settings, plan, command, live)) + "\n"
 
 
 def _page(
-    streams: Sequence[tuple[TimedStream, list[Run]]], settings: Settings, plan: Study, command: str
+    streams: Sequence[tuple[TimedStream, list[Run]]], settings: Settings, plan: Study, command: str, live: Stages | None
 ) -> Iterator[str]:
     yield "# What freshness is worth"
     yield ""
@@ -100,16 +107,36 @@ def _page(
         f"Each stream in event-time order; the first {1 - plan.judged_share:.0%} of events is fitted and trained on, "
         f"the rest is judged: every request is scored before any of its labels is trained on. Recall returns "
         f"{plan.candidates} candidates, simulated (popular, co-occurring, random items and what was really met next). "
-        f"A label exists {settings.labels.window_seconds:.0f} s after its request. {plan.seeds} seeds (of simulated "
-        "recall and of the pre-ranker), pooled; 95% intervals by resampling users, so that one user's outcomes stay "
-        "together over all seeds. AUC is over exposed items, HR@10 over clicked items among all candidates of their "
-        "request. Differences are paired, on the same requests."
+        f"A label exists {settings.labels.window_seconds:.0f} s after its request. Seeds (of simulated recall and of "
+        f"the pre-ranker): {plan.seeds}, pooled; 95% intervals by resampling users, so that one user's outcomes stay "
+        "together over all seeds; what seeds change is in them only as far as several were run. AUC is over exposed "
+        "items, HR@10 over clicked items among all candidates of their request. Differences are paired, on the same "
+        "requests."
     )
     for stream, runs in streams:
         yield from ["", f"## {stream.name}", "", stream.about, ""]
         yield from _sync_table([run.outcomes for run in runs if run.policy == DRIFT])
         yield ""
         yield from _policy_table(runs)
+    if live is not None:
+        yield ""
+        yield from _live_table(live)
+
+
+def _live_table(live: Stages) -> Iterator[str]:
+    plan = live.plan
+    yield "## From a click to the served model"
+    yield ""
+    yield (
+        "Wall time through a running system: Apache Kafka, `gpl worker all`, `gpl train` and a scorer that follows the "
+        f"log, all on one machine of {live.cores} cores, which others use too. {plan.rate:g} requests a second of "
+        f"{CANDIDATES} candidates with {SHOWN} shown and one clicked; {len(live.whole):,} clicks, followed by their "
+        "offsets into the first model that was trained on them."
+    )
+    yield ""
+    yield "| Section | p50, s | p99, s |"
+    yield "| --- | --- | --- |"
+    yield from live.lines()
 
 
 def _sync_table(runs: Sequence[Outcomes]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from gpl.labels import labeller
 from gpl.preranker.ids import IdTable
 from gpl.preranker.model import PreRanker
 from streams.bench.freshness import DRIFT, POLICIES, Run, Study, _Pairs, _Ranked, page
+from streams.bench.live import Plan, Stages
 from streams.bench.sync import ANCHORS, MINUTE, Outcomes, run
 from streams.bench.timed import TimedStream
 from streams.contracts import Feedback, Item, Label, Recall
@@ -134,7 +135,11 @@ def test_the_page_tells_every_interval_and_policy(artefacts: Artefacts, settings
         Run(0, policy, run(requests(), artefacts, catalogue, settings, freshness.INTERVALS, JUDGED_FROM, period))
         for policy, period in POLICIES.items()
     ]
-    text = page([(TimedStream("Made up", "", items(), [], 0), runs)], settings, Study(1, 15), "gpl bench freshness")
+    live = Stages(Plan(20, 1, 2, 1), 2, *([seconds] * 20 for seconds in (2.25, 0.5, 0.125, 2.875)))
+    streams = [(TimedStream("Made up", "", items(), [], 0), runs)]
+    text = page(streams, settings, Study(1, 15), "gpl bench freshness", live)
+    assert "| click -> in service | 2.88 | 2.88 |" in text
+    assert "## From a click" not in page(streams, settings, Study(1, 15), "gpl bench freshness")
     for name in (*freshness.INTERVALS, *POLICIES):
         assert f"| {name} | " in text
     drift = next(run.outcomes for run in runs if run.policy == DRIFT)
