@@ -346,10 +346,7 @@ class Role(Generic[P]):
             for topic, source in self._sources.items():
                 if self.halted or partition.last_arrival[source] > since:
                     continue
-                try:
-                    position = await asyncio.wait_for(self.app.consumer.position(TP(topic, number)), WATCH)
-                except (TimeoutError, KafkaError):
-                    position = None
+                position = await self._position(TP(topic, number))
                 if position is None or position < ends.get(TopicPartition(topic, number), 0):
                     starved.append(f"{topic}[{number}]")
         return starved
@@ -362,5 +359,19 @@ class Role(Generic[P]):
         if highwater is None:
             return None
         if next_offset is None:
-            next_offset = await consumer.position(tp)
+            next_offset = await self._position(tp)
         return None if next_offset is None else max(0, highwater - next_offset)
+
+    async def _position(self, tp: TP) -> int | None:
+        """Where the consumer reads next; None while that is not known.
+
+        Faust answers from the consumer's thread, and never once that has stopped: without a limit a role that is
+        stopped just then would wait for its tick for ever.
+        """
+        if self._stopped:
+            return None
+        try:
+            position: int | None = await asyncio.wait_for(self.app.consumer.position(tp), WATCH)
+        except (TimeoutError, KafkaError):
+            return None
+        return position

@@ -1,0 +1,54 @@
+"""A role that is told to stop does, whatever Faust's consumer does not answer any more."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+from faust.types import TP
+
+from streams import metrics
+from streams.role import PartitionState, Role
+from streams.settings import KafkaSettings, Settings
+
+
+class Idle(Role[PartitionState]):
+    def new_partition(self, now: float) -> PartitionState:
+        return PartitionState(self._sources.values(), now)
+
+    def ready(self) -> bool:
+        return True
+
+    async def take(self, number: int, partition: PartitionState, source: str, message: Any) -> None:
+        raise AssertionError("nothing is sent")
+
+    async def advance(self, number: int, partition: PartitionState, now: float, idle: set[str]) -> None:
+        pass
+
+
+@pytest.mark.kafka
+async def test_a_stop_does_not_wait_for_a_consumer_that_has_stopped(
+    kafka_settings: KafkaSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures: list[BaseException] = []
+    role = Idle("idle", ("recalls", "feedback"), Settings(kafka=kafka_settings), metrics.Health(), failures.append)
+    await role.start()
+    deadline = time.monotonic() + 60
+    while not role.partitions:
+        assert time.monotonic() < deadline, "no partitions"
+        await asyncio.sleep(0.05)
+    # Nothing was read, so every look at the lag asks the consumer's thread for a position. Faust drops a question that
+    # comes as the thread ends, which cannot be timed from here.
+    asked = asyncio.Event()
+
+    async def position(tp: TP) -> int | None:
+        asked.set()
+        await asyncio.Event().wait()
+        return None
+
+    monkeypatch.setattr(role.app.consumer, "position", position)
+    await asyncio.wait_for(asked.wait(), 60)
+    await asyncio.wait_for(role.stop(), 60)
+    assert failures == []
