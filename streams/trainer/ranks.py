@@ -1,7 +1,7 @@
 """``gpl train --ranks N``: the ranks of a group as processes on this machine, over torch's own launcher.
 
 As with one trainer, a supervisor restarts the command when it fails: a rank that ends by itself ends the others and
-the command. ``torchrun`` serves as well, also over several machines; it restarts groups itself.
+the command. ``torchrun`` serves as well; it restarts groups itself.
 """
 
 from __future__ import annotations
