@@ -75,7 +75,7 @@ _OFF = {"dispersion": False, "history": False, "generation": False}
 _NEGATIVES = {"weight": (1.0, 0.3, 3.0), "source": ("recalled", "uniform")}
 _TAUGHT = {"weight": (1.0, 0.3)}
 
-_FORM = {"form": ("softmax", "pointwise"), "source": ("recalled", "uniform"), "negatives": (1.0, 3.0, 10.0)}
+_FORM = {"source": ("recalled", "uniform"), "form": ("softmax", "pointwise"), "negatives": (1.0, 3.0, 10.0)}
 _LABELS = {
     "personal": (False, True),
     "weight": (0.0, 0.1, 0.3, 1.0, 3.0, 10.0),
