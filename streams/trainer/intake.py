@@ -72,7 +72,9 @@ def _checked(found: Iterable[Label | ValueError]) -> Flat | None:
         flat = Flat.of(labels)
     except OverflowError:
         return None
-    exposed = np.repeat([True, False] * len(labels), list(chain.from_iterable(map(_sizes, labels))))
+    # With types of their own, or they would have others where there is no label at all.
+    sizes = np.fromiter(chain.from_iterable(map(_sizes, labels)), np.int64)
+    exposed = np.repeat(np.tile(np.array([True, False]), len(labels)), sizes)
     sound = (
         _all_within(flat.score, _SCORE_LIMIT, -_SCORE_LIMIT, exposed)
         and _all_within(flat.clicked, 1)

@@ -495,3 +495,9 @@ def test_checkpoint_carries_what_it_says(catalogue: Catalogue) -> None:
     assert candidate.newest_at == 77 and candidate.evaluated == 8
     assert len(candidate.weights["users"]) == len(candidate.ids.users) + 1
     assert len(candidate.weights["items"]) == len(candidate.ids.items) + 1
+
+
+def test_a_batch_of_nothing_but_what_cannot_be_read_is_refused_record_by_record():
+    found = intake.read([b"{", None, b'{"request_id": NaN}'])
+    assert all(isinstance(error, ValueError) for error in found) and len(found) == 3
+    assert intake.read([]) == []
