@@ -83,8 +83,8 @@ def measure(kafka: KafkaSettings, directory: Path, plan: Plan) -> Stages:
     )
     publish_calibration(kafka, artefacts)
     with contextlib.ExitStack() as stack:
-        for command, port in ((("worker", "all"), 0), (("train",), 0)):
-            stack.enter_context(_process(command, _environment(settings, directory, plan, port), directory))
+        for command in (("worker", "all"), ("train",)):
+            stack.enter_context(_process(command, _environment(settings, directory, plan), directory))
         health = Health()
         scorer = stack.enter_context(Scorer(settings, health=health))
         in_service = _Watch(scorer)
@@ -225,7 +225,7 @@ def _fit(directory: Path) -> Any:
     return artefacts
 
 
-def _environment(settings: Settings, directory: Path, plan: Plan, port: int) -> dict[str, str]:
+def _environment(settings: Settings, directory: Path, plan: Plan) -> dict[str, str]:
     kafka, trainer = settings.kafka, settings.trainer
     return {
         **os.environ,
@@ -244,7 +244,7 @@ def _environment(settings: Settings, directory: Path, plan: Plan, port: int) -> 
         "GPL_TRAINER__MODELS": str(trainer.models),
         "GPL_TRAINER__CHECKPOINTS": str(trainer.checkpoints),
         "GPL_TRAINER__PUBLISH_EVERY_WALL_SECONDS": str(plan.publish),
-        "GPL_METRICS__PORT": str(port),
+        "GPL_METRICS__PORT": "0",
     }
 
 

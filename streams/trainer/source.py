@@ -18,6 +18,7 @@ import msgspec
 import structlog
 from kafka import TopicPartition
 
+from streams.dead_letters import Original
 from streams.kafka import consumer
 from streams.log_view import TopicMissingError
 from streams.settings import KafkaSettings
@@ -66,23 +67,6 @@ def offsets_at(kafka: KafkaSettings, ts: int) -> dict[int, int]:
         reader.close()
 
 
-class Record(msgspec.Struct, array_like=True, frozen=True):
-    """Of a ConsumerRecord what ranks pass on."""
-
-    topic: str
-    partition: int
-    offset: int
-    timestamp: int
-    key: bytes | None
-    value: bytes | None
-    headers: list[tuple[str, bytes | None]]
-
-    @classmethod
-    def of(cls, record: Any) -> Record:
-        headers = list(record.headers or ())
-        return cls(record.topic, record.partition, record.offset, record.timestamp, record.key, record.value, headers)
-
-
 class _Polled(msgspec.Struct, array_like=True):
     """What one rank's poll gave. ``ends``: of its partitions; ``at_end``: those read to there. ``now``, ``waited``:
     its clock, and seconds that the poll took."""
@@ -95,7 +79,7 @@ class _Polled(msgspec.Struct, array_like=True):
 
 
 class _Shared(_Polled, array_like=True):
-    records: list[Record]
+    records: list[Original]
 
 
 class LabelSource:
@@ -226,7 +210,7 @@ class LabelSource:
         """What all ranks have polled, in rank order."""
         if self._group.ranks == 1:
             return [mine]
-        mine.records = [Record.of(record) for record in mine.records]
+        mine.records = [Original.of(record) for record in mine.records]
         return [msgspec.msgpack.decode(one, type=_Shared) for one in self._group.gather(msgspec.msgpack.encode(mine))]
 
     def _merge(self, size: int) -> None:

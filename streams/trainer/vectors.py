@@ -12,11 +12,11 @@ from typing import Any
 import msgspec
 
 from gpl.catalogue import Catalogue
+from streams.dead_letters import Original
 from streams.frame import Frame
 from streams.log_view import LogView
 from streams.settings import KafkaSettings
 from streams.trainer.group import Group
-from streams.trainer.source import Record
 from streams.views import CatalogueView
 
 FOLLOW_SECONDS = 0.2
@@ -30,7 +30,7 @@ class _News(msgspec.Struct, array_like=True):
     """What a rank tells the others: whether it is to stop; rank 0 also which item vectors have come."""
 
     stop: bool
-    vectors: list[Record]
+    vectors: list[Original]
 
 
 _NEWS = msgspec.msgpack.Decoder(_News)
@@ -47,7 +47,7 @@ class ItemVectors:
         self._group = group
         self._put = CatalogueView(catalogue, frame.dim, frame.encoder, frame.quantiser)
         self._view = LogView(kafka, {_TOPIC: self._read}) if group.rank == 0 else None
-        self._untold: list[Record] = []
+        self._untold: list[Original] = []
         self._next_look = 0.0
         self.positions: dict[int, int] = {}
         self.moved: list[tuple[int, int]] = []
@@ -83,7 +83,7 @@ class ItemVectors:
 
     def _read(self, record: Any) -> None:
         if self._group.ranks > 1:
-            self._untold.append(Record.of(record))
+            self._untold.append(Original.of(record))
         self._put(record)
 
     def _tell(self, stop: bool, at_most: int | None) -> _News:
