@@ -25,10 +25,10 @@ def vector_bytes(array: NDArray[np.float32]) -> bytes:
 
 
 def vectors_from(data: bytes, dim: int) -> NDArray[np.float32]:
-    """(n, dim) float32 from a record's bytes. Raises ValueError when they are no whole number of rows."""
+    """(n, dim) float32 over a record's bytes, read-only. Raises ValueError when they are no whole number of rows."""
     if dim <= 0 or len(data) % (4 * dim):
         raise ValueError(f"vector: {len(data)} bytes are no whole number of rows of {dim} float32 values")
-    return np.frombuffer(data, dtype="<f4").astype(np.float32).reshape(-1, dim)
+    return np.frombuffer(data, dtype="<f4").astype(np.float32, copy=False).reshape(-1, dim)
 
 
 def labeller_config(settings: LabelSettings) -> labeller.Config:

@@ -11,7 +11,6 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.isotonic import IsotonicRegression
 
 from gpl.labels.matching import Floats
 
@@ -125,6 +124,8 @@ class Isotonic:
         below about a thousand clicks Platt is the safer choice. Raises ValueError as :meth:`Platt.fit`.
         """
         s, y = _checked(scores, clicks)
+        from sklearn.isotonic import IsotonicRegression  # seconds to import; only a fit needs it
+
         fitted = IsotonicRegression(out_of_bounds="clip").fit(s, _smoothed(y))
         # Only the ends of each constant piece are kept.
         return cls(tuple(fitted.X_thresholds_.tolist()), tuple(fitted.y_thresholds_.tolist()), len(y))

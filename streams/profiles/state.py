@@ -26,8 +26,8 @@ MIN_DRIFT_VALUES = 5
 """Clicks since the last refresh below which drift is not judged."""
 
 
-class Positive(Record, frozen=True, array_like=True):
-    """One click, in the order of its fields."""
+class Positive(Record, frozen=True, array_like=True, gc=False):
+    """One click, in the order of its fields. Millions are held: the garbage collector need not walk them."""
 
     ts: int
     event_id: str
