@@ -190,8 +190,14 @@ class TrainerSettings(Section):
     pseudo_weight: float = Field(
         3.0, ge=0, description="lambda, the weight of the pseudo-label loss; 0 is exposed only"
     )
-    evidence: bool = Field(True, description="scale lambda by the evidence that anchor scores tell of clicks")
-    negatives_weight: float = Field(1.0, ge=0, description="weight of unexposed candidates as not clicked")
+    evidence: bool = Field(
+        True,
+        description="scale lambda and the sharpness of labels by the evidence that anchor scores tell of clicks",
+    )
+    temperature: float = Field(
+        1.0, gt=0, description="of listwise labels beside that; above 1 flatter, very large: a control without anchors"
+    )
+    negatives_weight: float = Field(0.2, ge=0, description="weight of unexposed candidates as not clicked")
     negatives: Literal["softmax", "pointwise"] = Field(
         "softmax", description="softmax ranks clicks above them; pointwise is milder to rare items"
     )

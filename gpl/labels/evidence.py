@@ -81,6 +81,17 @@ class Reading:
         """``Phi(effect / sqrt 2)``: .5 means that the score tells nothing."""
         return 0.5 * (1.0 + math.erf(self.effect / 2.0))
 
+    @property
+    def sharpness(self) -> float:
+        """Log-odds of a click that a standard deviation of the score is worth, at most 1; 1 where there is no weight.
+
+        Where the scores of clicked and other items are normal with one variance and means ``effect`` standard
+        deviations apart, the log-odds of a click rise by just ``effect`` a standard deviation (Fisher's linear
+        discriminant), so of one request's candidates each is the clicked one with probability
+        softmax(effect * z).
+        """
+        return min(1.0, self.effect) if self.weight > 0 else 1.0
+
 
 class Evidence:
     """Accumulates over requests in the order in which they come. Deterministic; its state is a few arrays."""

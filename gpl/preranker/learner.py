@@ -53,18 +53,24 @@ class Learner:
         self._tables = torch.optim.SparseAdam([p for _, p in model.tables()], lr=learning_rate)
 
     def step(
-        self, batch: Batch, content: Floats, evidence: float = 1.0, division: Division | None = None
+        self,
+        batch: Batch,
+        content: Floats,
+        evidence: float = 1.0,
+        division: Division | None = None,
+        sharpness: float = 1.0,
     ) -> Loss | None:
         """Train on one batch; ``content`` (rows, dim_content) is what ``batch.content_row`` points into.
 
         ``evidence`` in [0, 1] scales lambda (see :mod:`gpl.labels.evidence`); with 0 the step is, bit for bit, one
-        without pseudo-labels. With a loss on exposed labels only, the unexposed pairs are taken out first, so training
-        equals training on records that never had them. None, and no weight moves, when no pair is left or none teaches
-        anything (nothing exposed, and no pseudo-label that counts).
+        without pseudo-labels. ``sharpness`` in (0, 1] is what listwise targets' scores are multiplied by. With a loss
+        on exposed labels only, the unexposed pairs are taken out first, so training equals training on records that
+        never had them. None, and no weight moves, when no pair is left or none teaches anything (nothing exposed, and
+        no pseudo-label that counts).
         With a ``division`` the gradient is the same up to rounding, as the sum of the ranks' parts.
-        Raises ValueError for evidence outside [0, 1].
+        Raises ValueError for evidence or sharpness out of range.
         """
-        config = self.loss.scaled(evidence)
+        config = self.loss.scaled(evidence, sharpness)
         if config.exposed_only:
             if division is not None:
                 division = replace(division, rank=division.rank[np.unique(batch.request[batch.exposed])])

@@ -63,11 +63,16 @@ class LossConfig:
         if not self.temperature > 0:
             raise ValueError(f"temperature: {self.temperature}, expected a positive number")
 
-    def scaled(self, evidence: float) -> LossConfig:
-        """The same with lambda times ``evidence``. Raises ValueError outside [0, 1]."""
+    def scaled(self, evidence: float, sharpness: float = 1.0) -> LossConfig:
+        """The same with lambda times ``evidence``, and listwise targets of standard scores times ``sharpness``.
+
+        Raises ValueError outside [0, 1] and (0, 1].
+        """
         if not 0 <= evidence <= 1:
             raise ValueError(f"evidence: {evidence}, expected within [0, 1]")
-        return self if evidence == 1 else replace(self, pseudo_weight=evidence * self.pseudo_weight)
+        if not 0 < sharpness <= 1:
+            raise ValueError(f"sharpness: {sharpness}, expected within (0, 1]")
+        return replace(self, pseudo_weight=evidence * self.pseudo_weight, temperature=self.temperature / sharpness)
 
     @property
     def exposed_only(self) -> bool:

@@ -99,6 +99,7 @@ def freshness(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     candidates: Annotated[int, typer.Option(min=50, help="A request; recall is simulated.")] = 200,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, a process each.")] = 1,
     window: Annotated[float, typer.Option(min=1, help="Seconds of event time until a request is labelled.")] = 300,
     live: Annotated[bool, typer.Option("--live", help="Also time clicks through a running system.")] = False,
     broker: Annotated[str, typer.Option(help="Of the live run: auto, apache, or host:port.")] = "auto",
@@ -130,7 +131,7 @@ def freshness(
     for stream in streams:
         directory = out / f"{stream.name.lower().replace(' ', '-')}-{candidates}-{window:g}"
         directory.mkdir(exist_ok=True)
-        found.append((stream, bench.study(stream, settings, plan, directory, typer.echo)))
+        found.append((stream, bench.study(stream, settings, plan, directory, jobs, typer.echo)))
     command = f"gpl bench freshness --seeds {seeds} --candidates {candidates} --window {window:g}"
     command += "".join([" --data DIR" if data else "", " --live" if live else "", " --write FILE"])
     text = bench.page(found, settings, plan, command, stages)

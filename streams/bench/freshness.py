@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from gpl.artefacts import Artefacts
@@ -34,6 +37,14 @@ INTERVALS: dict[str, int | None] = {
 REFERENCE = "5 h"
 POLICIES: dict[str, int | None] = {"weekly": 168 * HOUR, "daily": 24 * HOUR, "drift": None}
 DRIFT = "drift"
+CONFIGURED = "as configured"
+ARMS: dict[str, dict[str, float]] = {
+    "exposed labels only": {"pseudo_weight": 0.0, "negatives_weight": 0.0},
+    "+ negatives": {"pseudo_weight": 0.0},
+    "+ pseudo-labels": {"negatives_weight": 0.0},
+    "+ both, flat": {"temperature": 1e6},
+}
+"""Other trainings on the same labels: which part of the loss does what. In all of them the anchor score is an input."""
 _FRESH = "1 min"
 _RESAMPLES = 400
 
@@ -56,11 +67,10 @@ class Run(NamedTuple):
 
 
 def study(
-    stream: TimedStream, settings: Settings, plan: Study, directory: Path, say: Callable[[str], None]
+    stream: TimedStream, settings: Settings, plan: Study, directory: Path, jobs: int, say: Callable[[str], None]
 ) -> list[Run]:
-    """All runs on a stream. What is in ``directory`` from before is not run again; remove it to do so.
-
-    Raises what fitting raises.
+    """All runs on a stream, ``jobs`` at a time. What is in ``directory`` from before is not run again; remove it to do
+    so. Raises what fitting raises.
     """
     times = sorted(rating.ts for rating in stream.ratings)
     judged_from = times[int(len(times) * (1 - plan.judged_share))]
@@ -68,21 +78,38 @@ def study(
     if not fitted.exists():
         past = [f for _, page in stream.requests(plan.candidates, 0) for f in page if f.ts < judged_from]
         fit_records(stream.items, past, settings, 0, say).save(fitted)
+    planned = [(seed, policy, directory / f"{policy}-{seed}.json") for seed in range(plan.seeds) for policy in POLICIES]
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        running = {
+            pool.submit(_write_run, stream, settings, plan.candidates, fitted, judged_from, seed, policy, path): policy
+            for seed, policy, path in planned
+            if not path.exists()
+        }
+        for done in as_completed(running):
+            done.result()
+            say(f"{stream.name}: {running[done]} anchors, a seed of {plan.seeds} is judged")
+    return [Run(seed, policy, msgspec.json.decode(path.read_bytes(), type=Outcomes)) for seed, policy, path in planned]
+
+
+def _write_run(
+    stream: TimedStream,
+    settings: Settings,
+    candidates: int,
+    fitted: Path,
+    judged_from: int,
+    seed: int,
+    policy: str,
+    path: Path,
+) -> None:
+    torch.set_num_threads(1)
     artefacts = Artefacts.load(fitted)
     catalogue = catalogue_of(stream.items, artefacts, settings.space)
-    runs = []
-    for seed in range(plan.seeds):
-        own = settings.model_copy(update={"trainer": settings.trainer.model_copy(update={"seed": seed})})
-        for policy, period in POLICIES.items():
-            path = directory / f"{policy}-{seed}.json"
-            if not path.exists():
-                intervals = INTERVALS if policy == DRIFT else {_FRESH: INTERVALS[_FRESH]}
-                requests = stream.requests(plan.candidates, seed)
-                outcomes = run(requests, artefacts, catalogue, own, intervals, judged_from, period)
-                path.write_bytes(msgspec.json.encode(outcomes))
-                say(f"{stream.name}: {policy} anchors, seed {seed}: {outcomes.requests:,} requests judged")
-            runs.append(Run(seed, policy, msgspec.json.decode(path.read_bytes(), type=Outcomes)))
-    return runs
+    own = settings.model_copy(update={"trainer": settings.trainer.model_copy(update={"seed": seed})})
+    arms = {name: own.trainer.model_copy(update=changed) for name, changed in ARMS.items()}
+    intervals = INTERVALS if policy == DRIFT else {_FRESH: INTERVALS[_FRESH]}
+    requests = stream.requests(candidates, seed)
+    outcomes = run(requests, artefacts, catalogue, own, intervals, judged_from, POLICIES[policy], arms)
+    path.write_bytes(msgspec.json.encode(outcomes))
 
 
 def page(
@@ -118,6 +145,8 @@ def _page(
         yield from _sync_table([run.outcomes for run in runs if run.policy == DRIFT])
         yield ""
         yield from _policy_table(runs)
+        yield ""
+        yield from _arms_table(runs)
     if live is not None:
         yield ""
         yield from _live_table(live)
@@ -196,6 +225,41 @@ def _policy_table(runs: Sequence[Run]) -> Iterator[str]:
     total = sum(reasons.values()) or 1
     named = ", ".join(f"{reason} {count / total:.0%}" for reason, count in reasons.most_common())
     yield f"Reasons of the refreshes by drift: {named}."
+
+
+def _arms_table(runs: Sequence[Run]) -> Iterator[str]:
+    drift, daily = ([run.outcomes for run in runs if run.policy == policy] for policy in (DRIFT, "daily"))
+    yield "### Trained with ... (anchors daily and by drift, model synchronised every 1 min)"
+    yield ""
+    yield (
+        "Labels of requests without anchors hold no unexposed candidates, so neither negatives nor pseudo-labels: a "
+        "policy under which more requests have anchors trains on more of both. With exposed labels alone this is "
+        "not so. Flat: pseudo-labels that say the same of every candidate, whatever the anchors (a control)."
+    )
+    yield ""
+    yield "| Training | AUC, daily | AUC, drift | drift less daily | HR@10, daily | HR@10, drift | drift less daily |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    own, clicks = _Pairs(drift, daily), _Clicks(drift, daily)
+    other, other_clicks = _Pairs(daily, daily), _Clicks(daily, daily)
+    for name, ranker in (*((arm, arm) for arm in ARMS), (f"+ both, {CONFIGURED}", _FRESH)):
+        auc, auc_gain = own.auc(ranker, ranker)
+        hit, hit_gain = clicks.hits(ranker, ranker)
+        cells = [
+            name,
+            _text(other.auc(ranker, ranker)[0]),
+            _text(auc),
+            _signed(auc_gain),
+            _text(other_clicks.hits(ranker, ranker)[0]),
+            _text(hit),
+            _signed(hit_gain),
+        ]
+        yield f"| {' | '.join(cells)} |"
+    yield ""
+    pairs, clicks = _Pairs(drift, drift), _Clicks(drift, drift)
+    found = [
+        f"{arm}: AUC {_signed(pairs.auc(_FRESH, arm)[1])}, HR@10 {_signed(clicks.hits(_FRESH, arm)[1])}" for arm in ARMS
+    ]
+    yield f"By drift, {CONFIGURED} less ... {'; '.join(found)}."
 
 
 class _Clicks:

@@ -23,7 +23,7 @@ from gpl.preranker.model import PreRanker
 from streams.contracts import Feedback, Label, Recall
 from streams.frame import Frame
 from streams.history.pipeline import Event, Pipeline, in_event_time
-from streams.settings import Settings
+from streams.settings import Settings, TrainerSettings
 from streams.trainer.trainer import Trainer
 
 TOP = 10
@@ -99,29 +99,37 @@ def run(
     intervals: Mapping[str, int | None],
     judged_from: int,
     period_ms: int | None,
+    arms: Mapping[str, TrainerSettings] | None = None,
 ) -> Outcomes:
     """Stream all requests; judge those at or after ``judged_from`` (ms) under every sync interval (ms).
 
     An interval of None never synchronises after ``judged_from``. ``period_ms``: of anchors on a timetable, None: by
-    drift.
+    drift. ``arms``: other trainings on the same labels, by the names of their rankers, synchronised every minute.
     """
     frame = Frame(artefacts.space.dim, artefacts.quantiser.levels, artefacts.space.version, artefacts.quantiser.version)
     pipeline = Pipeline(settings, artefacts, catalogue, period_ms=period_ms)
-    trainer = Trainer(settings.trainer, frame, catalogue, evaluations=False)
     feedback_of = {recall.request_id: (recall, feedback) for recall, feedback in requests}
     events: list[tuple[int, Event]] = []
     for recall, feedback in feedback_of.values():
         events.append((len(events), recall))
         events += [(len(events) + n, event) for n, event in enumerate(feedback)]
-    serving = _Serving(trainer, frame, settings.trainer.dim, catalogue, intervals, judged_from)
+    servings = [
+        _Serving(Trainer(own, frame, catalogue, evaluations=False), frame, own.dim, catalogue, synced, judged_from)
+        for own, synced in [
+            (settings.trainer, intervals),
+            *((own, {name: MINUTE}) for name, own in (arms or {}).items()),
+        ]
+    ]
     window = int(settings.labels.window_seconds * 1000)
     outcomes, before = Outcomes(), Counter[str]()
     for offset, event in in_event_time(events):
-        serving.train(pipeline.advance(event.ts), window, settings.trainer.batch_records)
+        labels = pipeline.advance(event.ts)
+        for serving in servings:
+            serving.train(labels, window, settings.trainer.batch_records)
         if isinstance(event, Recall) and event.ts >= judged_from:
             if not outcomes.requests:
                 before = Counter(pipeline.refreshes)
-            _judge(outcomes, event, feedback_of[event.request_id][1], pipeline, serving, catalogue)
+            _judge(outcomes, event, feedback_of[event.request_id][1], pipeline, servings, catalogue)
         pipeline.take(offset, event)
         pipeline.answers.clear()
     outcomes.refreshes = dict(pipeline.refreshes - before)
@@ -175,7 +183,7 @@ def _judge(
     recall: Recall,
     feedback: Sequence[Feedback],
     pipeline: Pipeline,
-    serving: _Serving,
+    servings: Sequence[_Serving],
     catalogue: Catalogue,
 ) -> None:
     exposed: dict[str, bool] = {}
@@ -189,10 +197,11 @@ def _judge(
         cross = labeller.score(anchors.prepared, vectors)[0]
         outcomes.with_anchors += 1
         outcomes.anchor_age_hours.append((recall.ts - anchors.ts) / 3_600_000)
-    made: dict[int, Floats] = {}
     scores: dict[str, Floats] = {ANCHORS: np.zeros(len(rows), np.float32) if cross is None else cross}
-    for name, snapshot in serving.sync(recall.ts).items():
-        if snapshot.step not in made:
-            made[snapshot.step] = snapshot.score(recall.user_id, rows, vectors, cross)
-        scores[name] = made[snapshot.step]
+    for serving in servings:
+        made: dict[int, Floats] = {}
+        for name, snapshot in serving.sync(recall.ts).items():
+            if snapshot.step not in made:
+                made[snapshot.step] = snapshot.score(recall.user_id, rows, vectors, cross)
+            scores[name] = made[snapshot.step]
     outcomes.judge(recall.user_id, exposed, {item: n for n, item in enumerate(recall.candidates)}, scores)

@@ -285,7 +285,12 @@ class Trainer:
         # The same seed for both: they start from the same weights.
         model = PreRanker(self._frame.dim, settings.dim, settings.seed)
         loss = LossConfig(
-            settings.loss, pseudo_weight, negatives_weight, settings.negatives, personal=settings.personal
+            settings.loss,
+            pseudo_weight,
+            negatives_weight,
+            settings.negatives,
+            temperature=settings.temperature,
+            personal=settings.personal,
         )
         return Learner(model, loss, settings.learning_rate, settings.weight_decay)
 
@@ -334,13 +339,14 @@ class Trainer:
         content, logits = self._catalogue.vectors, {}
         division = None if self._each is None else Division(np.array(ranks, np.int64), self._each)
         # Of earlier batches: what this one teaches must not depend on its own clicks twice.
-        weight = self._evidence.read().weight if self._settings.evidence else 1.0
+        reading = self._evidence.read()
+        weight, sharpness = (reading.weight, reading.sharpness) if self._settings.evidence else (1.0, 1.0)
         for name, learner in self._learners.items():
             exposed_only = learner.loss.scaled(weight).exposed_only  # its step leaves the unexposed pairs out
             if exposed_only:
                 with torch.no_grad():
                     logits[name] = learner.model(batch, content).full.numpy()
-            loss = learner.step(batch, content, weight, division)
+            loss = learner.step(batch, content, weight, division, sharpness)
             if not exposed_only:
                 logits[name] = learner.logits
             if name == MAIN and loss is not None:

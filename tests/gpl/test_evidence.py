@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpl.labels.evidence import Evidence, EvidenceConfig
+from gpl.labels.evidence import Evidence, EvidenceConfig, Reading
 
 SMALL = EvidenceConfig(item_buckets=64, user_buckets=128)
 
@@ -183,3 +183,24 @@ def test_bad_input_is_named():
         Evidence(SMALL).load_state_arrays({name: np.zeros(3) for name in Evidence(SMALL).state_arrays()})
     with pytest.raises(ValueError, match="config"):
         Evidence(SMALL).merge(Evidence())
+
+
+@given(st.floats(-2, 3), st.floats(0, 1))
+def test_sharpness_is_the_effect_at_most_one_and_counts_only_with_weight(effect, weight):
+    reading = Reading(effect, 0.0, weight if effect > 0 else 0.0, 100.0, 50)
+    assert 0 < reading.sharpness <= 1
+    assert reading.sharpness == (min(1.0, effect) if reading.weight > 0 else 1.0)
+
+
+def test_sharpness_is_the_slope_of_a_request_s_log_odds():
+    """With normal scores, softmax(effect * z) over a request says how often each item is the clicked one."""
+    rng, effect = np.random.default_rng(0), 0.4
+    z = rng.normal(size=(200_000, 2))
+    z[:, 0] += effect  # the clicked one
+    chance = 1 / (1 + np.exp(-effect * (z[:, 0] - z[:, 1])))
+    # Calibrated: of pairs of which it says p of either item, that item was clicked in p of the cases.
+    stated = np.concatenate([chance, 1 - chance])
+    clicked = np.concatenate([np.ones(len(z)), np.zeros(len(z))])
+    for low in (0.3, 0.4, 0.5, 0.6):
+        some = (stated >= low) & (stated < low + 0.1)
+        assert abs(stated[some].mean() - clicked[some].mean()) < 0.01

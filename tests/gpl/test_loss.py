@@ -254,3 +254,11 @@ def test_the_number_of_candidates_does_not_change_the_scale():
 def test_bad_configuration_is_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         LossConfig(**bad)
+
+
+def test_evidence_scales_lambda_and_sharpness_flattens_targets():
+    scaled = LossConfig(pseudo_weight=3.0, temperature=2.0).scaled(0.5, 0.25)
+    assert (scaled.pseudo_weight, scaled.temperature) == (1.5, 8.0)
+    for bad in (0.0, -1.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="sharpness"):
+            LossConfig().scaled(1.0, bad)

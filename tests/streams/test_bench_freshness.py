@@ -15,7 +15,7 @@ from gpl.fit import FitOptions, fit
 from gpl.labels import labeller
 from gpl.preranker.ids import IdTable
 from gpl.preranker.model import PreRanker
-from streams.bench.freshness import DRIFT, POLICIES, Run, Study, _Pairs, _Ranked, page
+from streams.bench.freshness import ARMS, DRIFT, POLICIES, Run, Study, _Pairs, _Ranked, page
 from streams.bench.live import Plan, Stages
 from streams.bench.sync import ANCHORS, MINUTE, Outcomes, run
 from streams.bench.timed import TimedStream
@@ -118,6 +118,16 @@ def test_the_model_in_service_is_the_one_of_the_last_synchronisation(artefacts: 
             assert found.pair_logit[name][pairs] == pytest.approx(expected, abs=1e-4), (n, name)
 
 
+def test_an_arm_is_trained_as_if_it_were_alone(artefacts: Artefacts, settings: Settings) -> None:
+    catalogue = catalogue_of(items(), artefacts, settings.space)
+    arm = settings.trainer.model_copy(update={"negatives_weight": 0.0, "pseudo_weight": 0.0})
+    alone = settings.model_copy(update={"trainer": arm})
+    beside = run(requests(), artefacts, catalogue, settings, INTERVALS, JUDGED_FROM, None, {"arm": arm})
+    expected = run(requests(), artefacts, catalogue, alone, {"1 min": MINUTE}, JUDGED_FROM, None)
+    assert beside.pair_logit["arm"] == expected.pair_logit["1 min"] != beside.pair_logit["1 min"]
+    assert beside.pair_logit["1 min"] == outcomes(artefacts, settings).pair_logit["1 min"]
+
+
 def test_auc_is_that_of_the_library_with_any_weights() -> None:
     rng = np.random.default_rng(2)
     clicked, scores = rng.random(300) < 0.3, rng.integers(20, size=300) / 4
@@ -131,8 +141,9 @@ def test_the_page_tells_every_interval_and_policy(artefacts: Artefacts, settings
     from streams.bench import freshness
 
     catalogue = catalogue_of(items(), artefacts, settings.space)
+    arms = {name: settings.trainer.model_copy(update=changed) for name, changed in ARMS.items()}
     runs = [
-        Run(0, policy, run(requests(), artefacts, catalogue, settings, freshness.INTERVALS, JUDGED_FROM, period))
+        Run(0, policy, run(requests(), artefacts, catalogue, settings, freshness.INTERVALS, JUDGED_FROM, period, arms))
         for policy, period in POLICIES.items()
     ]
     live = Stages(Plan(20, 1, 2, 1), 2, *([seconds] * 20 for seconds in (2.25, 0.5, 0.125, 2.875)))
@@ -140,7 +151,7 @@ def test_the_page_tells_every_interval_and_policy(artefacts: Artefacts, settings
     text = page(streams, settings, Study(1, 15), "gpl bench freshness", live)
     assert "| click -> in service | 2.88 | 2.88 |" in text
     assert "## From a click" not in page(streams, settings, Study(1, 15), "gpl bench freshness")
-    for name in (*freshness.INTERVALS, *POLICIES):
+    for name in (*freshness.INTERVALS, *POLICIES, *ARMS):
         assert f"| {name} | " in text
     drift = next(run.outcomes for run in runs if run.policy == DRIFT)
     value, gain = _Pairs([drift], [drift]).auc(ANCHORS, ANCHORS)
