@@ -119,8 +119,10 @@ def _targets(result: SetResult) -> list[dict[str, Any]]:
     ):
         if name in methods and plain in methods:
             metric = "tail_hr@10" if "tail" in label else "hr@10"
-            relative = compare(methods[name], methods[plain], metric).relative
-            found.append(_target(label, plain, "interval not below 0", relative, relative.high >= 0))
+            compared = compare(methods[name], methods[plain], metric)
+            # Where nobody hits anything, there is no relation, but no harm either.
+            met = compared.difference.high >= 0
+            found.append(_target(label, plain, "interval not below 0", compared.relative, met))
     return found
 
 
