@@ -53,7 +53,7 @@ def anchor_scores(prepared: PreparedAnchors, vectors: Floats, rows: Ints) -> Flo
     Those of ``labeller.score`` to about 1e-6. Labels are made in blocks of one shape, so that a score is the same bit
     for bit in any company. A server does not need that, and plain products cost half.
     """
-    cos = gathered_product(vectors, rows, prepared.vectors.T)
+    cos = gathered_product(vectors, rows, np.ascontiguousarray(prepared.vectors.T))
     np.clip(cos, -1.0, 1.0, out=cos)
     if prepared.config.matching == "max":
         # Column by column: numpy reduces a short last axis slowly.

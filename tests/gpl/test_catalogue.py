@@ -32,6 +32,18 @@ def test_rows_and_lookup_follow_the_order_asked_for_and_mark_what_is_unknown():
     assert catalogue.rows([]).shape == (0,)
 
 
+@given(st.lists(st.sampled_from("abcdef"), max_size=8), st.sets(st.sampled_from("abcdef")))
+def test_rows_are_those_of_a_plain_dict_and_a_question_adds_nothing(asked, known):
+    catalogue = Catalogue(DIM, LEVELS)
+    for name in sorted(known):
+        catalogue.put(name, unit(ord(name)), [1, 1])
+    row_of = {name: row for row, name in enumerate(sorted(known))}
+
+    assert catalogue.rows(asked).tolist() == [row_of.get(name, -1) for name in asked]
+    assert catalogue.ids() == sorted(known)
+    assert not any(name in catalogue for name in set(asked) - known)
+
+
 def test_grows_past_its_first_capacity_and_keeps_every_row():
     catalogue = Catalogue(DIM, LEVELS)
     for i in range(3000):

@@ -111,6 +111,17 @@ def test_a_target_is_met_only_with_its_interval_above_zero(config: StudyConfig) 
         assert target["met"] is met, (gain, noise, target)
 
 
+def test_harm_needs_somebody_to_hit_something(config: StudyConfig) -> None:
+    results = run(replace(config, methods=("no-labels", "gpl")), lambda _: None)
+    (found,) = results
+    plain, subject = found.methods["no-labels"].per_user["tail_hr@10"], found.methods["gpl"].per_user["tail_hr@10"]
+    for before, after, met in ((0.0, 0.0, True), (0.2, 0.1, False), (0.0, 0.1, True)):
+        plain[:], subject[:] = before, after
+        (one,) = summarise(config, results)["sets"]
+        target = next(t for t in one["targets"] if t["what"].startswith("no harm: tail"))
+        assert target["met"] is met, (before, after, target)
+
+
 def test_convert_and_its_errors(tmp_path: Path) -> None:
     (tmp_path / "jokes.csv").write_text("joke,text\nj1,a\nj2,b\n")
     (tmp_path / "ratings.csv").write_text("user,joke,rating\nu1,j1,9\nu1,j2,1\n")
