@@ -5,10 +5,12 @@ core does 7 to 10 thousand a second. Here the consumer hands over what a fetch b
 the offsets to commit from whoever works on them. Faust keeps what it is good at: the group, rebalances, the consumer's
 own thread with its heartbeats, the committing task, the producer, the life of all these services.
 
-Three of its defects are worked around by the way:
+Four of its defects are worked around by the way:
 
 - ``_new_offset`` commits past a message in flight (a test shows it): ``Intake.committable`` decides instead;
 - a partition without a committed offset is not sought anywhere by ``perform_seek``: here to its beginning;
+- what a fetch brings while a rebalance ends is thrown away, although it came from behind the new seek and the consumer
+  has moved past it: ``_Consumer._begun`` waits;
 - a commit carries no metadata: here it carries what the owner of the partition says (as Kafka Streams does with its
   stream time), and the next owner is given it.
 """
@@ -60,7 +62,7 @@ class _Thread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
     epoch = 0
     """Counts the seeks to what was committed."""
     fetched_epoch = 0
-    """Of the last fetch. Records of an older epoch are stale: they will be fetched again."""
+    """Of the last fetch. Records of an epoch before the present one are stale: they will be fetched again."""
 
     def _create_worker_consumer(self, transport: Any) -> Any:
         consumer = super()._create_worker_consumer(transport)
@@ -153,17 +155,29 @@ class _Consumer(driver.Consumer):  # type: ignore[misc]
             while not (self._stopped.is_set() or fetcher._stopped.is_set()):
                 await asyncio.sleep(0)  # or fetches that return at once would never let anybody else run
                 records, _ = await self._wait_next_records(timeout=1.0)
-                # In a rebalance positions are set anew, and what was fetched before is fetched again.
-                if not self.flow_active or self._thread.fetched_epoch != self._epoch:
+                epoch = self._thread.fetched_epoch
+                if not records or not await self._begun(epoch, fetcher):
                     continue
-                for tp, batch in (records or {}).items():
-                    if not self.flow_active:
+                for tp, batch in records.items():
+                    if not self.flow_active or self._thread.epoch != epoch:
                         break
                     mine = TP(tp.topic, tp.partition)
                     await self.wait_first(self._intake.received(mine, batch), self.suspend_flow.wait())
         except self.consumer_stopped_errors:
             if not self.app.should_stop:
                 raise
+
+    async def _begun(self, epoch: int, fetcher: Any) -> bool:
+        """Wait until records that were fetched in ``epoch`` may be handed over; False when they will come again.
+
+        A fetch outlives the rebalance that it was begun before. What it brings from behind the new seek comes once
+        only, be the rest of the rebalance done here or not.
+        """
+        while not (self.flow_active and self._epoch == epoch):
+            if self._thread.epoch != epoch or self._stopped.is_set() or fetcher._stopped.is_set():
+                return False
+            await asyncio.sleep(0.01)
+        return True
 
     def _filter_tps_with_pending_acks(self, topics: Any = None) -> Iterable[TP]:
         assigned: set[TP] = self.assignment()

@@ -1,0 +1,99 @@
+"""What was fetched while a rebalance ends is handed over, and nothing is passed over."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+from faust.types import TP
+
+from streams.faust_app import make_app, raw_topic
+from streams.intake import subscribe
+from streams.kafka import producer
+from streams.settings import KafkaSettings
+from streams.topics import full_name
+
+RECORDS = 20
+
+
+class Taken:
+    """An intake that notes what it is given, and acknowledges nothing."""
+
+    def __init__(self) -> None:
+        self.begun = 0
+        self.offsets: dict[TP, list[int]] = {}
+
+    def revoked(self) -> None:
+        self.offsets = {}
+
+    def begin(self, committed: Mapping[TP, str]) -> None:
+        self.begun += 1
+        self.offsets = {tp: [] for tp in committed}
+
+    async def received(self, tp: TP, records: Sequence[Any]) -> None:
+        self.offsets[tp].extend(record.offset for record in records)
+
+    def committable(self, tp: TP) -> tuple[int, str] | None:
+        return None
+
+    def all_read(self) -> bool:
+        """Whether every record of every assigned partition came, once."""
+        return bool(self.offsets) and all(came == list(range(RECORDS)) for came in self.offsets.values())
+
+
+async def until(what: str, holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline, what
+        await asyncio.sleep(0.02)
+
+
+def reader(kafka: KafkaSettings) -> tuple[Any, Taken]:
+    app, taken = make_app(kafka, "intake-test"), Taken()
+    subscribe(app, raw_topic(app, kafka, "recalls", "feedback"), taken)
+    return app, taken
+
+
+@pytest.mark.kafka
+async def test_a_fetch_that_outlives_a_rebalance_loses_nothing(
+    kafka_settings: KafkaSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with producer(kafka_settings) as out:
+        for topic in ("recalls", "feedback"):
+            for number in range(kafka_settings.partitions):
+                for n in range(RECORDS):
+                    out.send(full_name(kafka_settings, topic), value=b"%d" % n, partition=number)
+        out.flush()
+    (first, of_first), (second, of_second) = reader(kafka_settings), reader(kafka_settings)
+    consumer = first.consumer
+    getmany, perform_seek = consumer._getmany, consumer.perform_seek
+    outlived: list[int] = []
+
+    async def patient(active_partitions: set[TP] | None, timeout: float) -> Any:
+        # Under way whenever a rebalance begins, whatever the moment.
+        return await getmany(active_partitions=active_partitions, timeout=30.0)
+
+    async def slow() -> None:
+        await perform_seek()
+        thread = consumer._thread
+        if of_first.begun > 1:  # in the first there is nothing that could be outlived
+            await until("a fetch from behind the new seek", lambda: thread.fetched_epoch == thread.epoch)
+            outlived.append(thread.epoch)
+
+    monkeypatch.setattr(consumer, "_getmany", patient)
+    monkeypatch.setattr(consumer, "perform_seek", slow)
+    await first.start()
+    try:
+        await until("all records at the first member", of_first.all_read)
+        await second.start()
+        try:
+            await until("a rebalance", lambda: len(outlived) > 0)
+            await until("all records at the first member again", of_first.all_read)
+            await until("all records at the second member", of_second.all_read)
+        finally:
+            await second.stop()
+    finally:
+        await first.stop()
