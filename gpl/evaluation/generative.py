@@ -13,7 +13,7 @@ from gpl.evaluation.dataset import Floats, Ints
 from gpl.evaluation.judge import Scores
 from gpl.evaluation.pairs import Columns, Pairs
 from gpl.evaluation.training import train
-from gpl.labels.evidence import Evidence
+from gpl.labels.evidence import Evidence, Reading
 from gpl.labels.labeller import Config
 from gpl.preranker.batch import Batch
 from gpl.preranker.learner import Learner
@@ -22,11 +22,16 @@ from gpl.preranker.loss import LossConfig
 _CHUNK = 256
 """Requests that evidence takes in at a time: a request is judged by what earlier chunks told of its items."""
 
+_FLAT = 1e-6
+"""Log-odds a standard deviation of the anchor score: a step must be above 0."""
+
 
 @dataclass(frozen=True)
 class Parts:
     """What of GPL is on. ``weight``: lambda; ``negatives``, ``form``, ``source``: their weight, loss and where they are
-    from; ``personal`` as in `LossConfig`. A factor of confidence that is False is left out."""
+    from; ``personal`` as in `LossConfig`. ``sharpness`` of listwise labels: a standard deviation of the anchor score is
+    worth one unit of log-odds (full), what the evidence bears out (effect), or next to nothing, whoever the anchors
+    are for (flat). A factor of confidence that is False is left out."""
 
     generator: Generator = "small-lm"
     weight: float = 1.0
@@ -34,6 +39,7 @@ class Parts:
     form: Literal["softmax", "pointwise"] = "softmax"
     source: Source = "recalled"
     personal: bool = False
+    sharpness: Literal["full", "effect", "flat"] = "full"
     centred: bool = True
     downsample: bool = True
     shuffled: bool = False
@@ -66,11 +72,11 @@ def gpl(bench: Bench, parts: Parts) -> Scores:
     loss = LossConfig(
         pseudo_weight=parts.weight, negatives_weight=parts.negatives, negatives=parts.form, personal=parts.personal
     )
-
-    weight = evidence_weight(pairs, columns.score)
+    reading = evidence(pairs, columns.score)
+    sharpness = {"full": 1.0, "effect": reading.sharpness, "flat": _FLAT}[parts.sharpness]
 
     def step(learner: Learner, batch: Batch, _: Ints) -> None:
-        learner.step(batch, bench.world.vectors, weight)
+        learner.step(batch, bench.world.vectors, reading.weight, sharpness=sharpness)
 
     return train(
         bench.world,
@@ -85,17 +91,15 @@ def gpl(bench: Bench, parts: Parts) -> Scores:
     ).scores
 
 
-def evidence_weight(pairs: Pairs, score: Floats) -> float:
-    """How much the anchor ``score`` (P,) tells about the log's clicks, in [0, 1]: what scales lambda.
+def evidence(pairs: Pairs, score: Floats) -> Reading:
+    """How much the anchor ``score`` (P,) tells about the log's clicks: what scales lambda, and labels' sharpness.
 
     The whole log is read in its order, in chunks, as the trainer reads it.
     """
-    evidence = Evidence()
+    found = Evidence()
     for start in range(0, len(pairs), _CHUNK):
         stop = min(start + _CHUNK, len(pairs))
         at = slice(int(pairs.offsets[start]), int(pairs.offsets[stop]))
         request = np.repeat(np.arange(stop - start), np.diff(pairs.offsets[start : stop + 1]))
-        evidence.observe(
-            pairs.user[start:stop], pairs.item[at], request, score[at], pairs.exposed[at], pairs.clicked[at]
-        )
-    return evidence.read().weight
+        found.observe(pairs.user[start:stop], pairs.item[at], request, score[at], pairs.exposed[at], pairs.clicked[at])
+    return found.read()

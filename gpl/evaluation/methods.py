@@ -163,6 +163,8 @@ METHODS: tuple[Method, ...] = (
     _like("no-confidence", "GPL without confidence", "ablation", **_OFF),
     _like("no-centring", "GPL without centring", "ablation", centred=False),
     _like("no-downsampling", "GPL, small LM, popular not thinned", "ablation", generator="small-lm", downsample=False),
+    _like("effect-sharp", "GPL, labels as sharp as evidence bears out", "ablation", sharpness="effect"),
+    _like("flat-labels", "GPL, labels blind to anchors", "ablation", sharpness="flat"),
     *(_like(f"lambda-{w:g}", f"GPL, lambda {w:g}", "ablation", weight=w) for w in (0.1, 0.3, 1.0, 3.0, 10.0)),
     _like("shuffled", "GPL with anchors of other users", "control", shuffled=True),
     _like("shuffled-0", "the same without pseudo-labels", "control", shuffled=True, weight=0.0),

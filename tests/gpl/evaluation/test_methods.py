@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 
 from gpl.evaluation.anchors import AnchorSpec, Cases, make_anchors, refreshed
 from gpl.evaluation.bench import Bench
-from gpl.evaluation.generative import Parts, evidence_weight, gpl
+from gpl.evaluation.generative import Parts, evidence, gpl
 from gpl.evaluation.methods import BY_NAME, METHODS, Method
 from gpl.evaluation.pairs import Pairs
 from gpl.evaluation.reliability import reliability
@@ -54,9 +55,20 @@ def test_evidence_tells_true_anchors_from_shuffled_and_random_ones(bench: Bench)
         labels, _ = bench.labels(spec, Config(), "recalled")
         pairs = bench.pairs("recalled")
         kept = pairs.exposed | ~np.isnan(labels.score)
-        weights[spec] = evidence_weight(pairs.keep(kept), labels.score[kept])
+        weights[spec] = evidence(pairs.keep(kept), labels.score[kept]).weight
     true, shuffled, random = weights.values()
     assert true > 0.9 and shuffled == random == 0.0
+
+
+def test_labels_that_are_flat_say_nothing_of_taste(bench: Bench) -> None:
+    """The same mass of unexposed candidates, without the anchors' order among them."""
+    users = bench.test.users[:50]
+
+    def personal(sharpness: Literal["full", "effect", "flat"]) -> float:
+        scores = gpl(bench, Parts(generator="history", sharpness=sharpness, weight=10.0))(users)
+        return float(np.std(scores - scores.mean(axis=0), axis=1).mean())
+
+    assert personal("flat") < personal("effect") <= personal("full")
 
 
 BASELINES = [m for m in METHODS if m.group in ("untrained", "no pseudo-labels", "pseudo-labels")]
