@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +53,7 @@ class Catalogue:
         self._free: list[int] = []
         self._vectors = np.zeros((_INITIAL_ROWS, dim), np.float32)
         self._sids = np.full((_INITIAL_ROWS, levels), -1, np.int32)
+        self._changed = np.zeros(_INITIAL_ROWS, np.int64)
 
     @property
     def generation(self) -> int:
@@ -87,6 +87,7 @@ class Catalogue:
         self._vectors[row] = row_vector
         self._sids[row] = codes
         self._generation += 1
+        self._changed[row] = self._generation
 
     def remove(self, item_id: str) -> bool:
         """Forget an item; False if it was not known."""
@@ -98,6 +99,7 @@ class Catalogue:
         self._sids[row] = -1
         self._free.append(row)
         self._generation += 1
+        self._changed[row] = self._generation
         return True
 
     def __contains__(self, item_id: object) -> bool:
@@ -112,10 +114,8 @@ class Catalogue:
 
     def rows(self, ids: Sequence[str]) -> npt.NDArray[np.int64]:
         """Row of each id, in order; -1 where unknown. Shape (len(ids),)."""
-        if len(ids) < 2:  # itemgetter gives no tuple then
-            return np.array([self._row_of[item_id] for item_id in ids], np.int64)
-        # One call for all of them: half the time of a call of ``get`` for each.
-        return np.array(itemgetter(*ids)(self._row_of), np.int64)
+        # No Python code for an item, and no list or tuple of integers for numpy to look through: a quarter of the time.
+        return np.fromiter(map(self._row_of.__getitem__, ids), np.int64, len(ids))
 
     def id_at(self, row: int) -> str:
         """The item in a row. Raises LookupError for a row that is out of range or holds no item."""
@@ -137,6 +137,13 @@ class Catalogue:
     def sids(self) -> npt.NDArray[np.int32]:
         """Read-only view (rows used, levels), indexed by row; -1 where an item was removed."""
         view = self._sids[: len(self._id_of)]
+        view.flags.writeable = False
+        return view
+
+    @property
+    def changed(self) -> npt.NDArray[np.int64]:
+        """Read-only view (rows used,): the ``generation`` that each row has been as it is since."""
+        view = self._changed[: len(self._id_of)]
         view.flags.writeable = False
         return view
 
@@ -166,4 +173,6 @@ class Catalogue:
         vectors[:used] = self._vectors
         sids = np.full((2 * used, self.levels), -1, np.int32)
         sids[:used] = self._sids
-        self._vectors, self._sids = vectors, sids
+        changed = np.zeros(2 * used, np.int64)
+        changed[:used] = self._changed
+        self._vectors, self._sids, self._changed = vectors, sids, changed

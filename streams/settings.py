@@ -247,6 +247,7 @@ class ServeSettings(Section):
     port: int = Field(8080, ge=0, le=65535)
     workers: int = Field(1, ge=1, description="processes behind the port, each with the model in its memory")
     max_candidates: int = Field(10_000, ge=1)
+    memo_mb: int = Field(64, ge=0, description="of anchor scores that a process remembers for users' next requests")
     max_concurrency: int = Field(1000, ge=1, description="connections or requests of a process above which it says 503")
 
 

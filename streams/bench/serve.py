@@ -54,16 +54,19 @@ def loaded_scorer(state: SyntheticState, directory: Path) -> Scorer:
     return scorer
 
 
-def library(scorer: Scorer, state: SyntheticState, candidates: int, calls: int, users: Sequence[str]) -> list[float]:
-    """Seconds of each call, after a fifth of them to warm up. Ids are new strings each time, as from a request."""
+def library(scorer: Scorer, state: SyntheticState, candidates: int, users: Sequence[str]) -> list[float]:
+    """Seconds of a call for each of ``users``, after a sixth of them to warm up.
+
+    The same users are asked for the same candidates each time. Ids are new strings each time, as from a request.
+    """
     rng = np.random.default_rng(1)
     seconds = []
-    for n in range(calls + calls // 5):
+    for user_id in users:
         wanted = [f"item-{i}" for i in rng.choice(len(state.items), candidates, replace=candidates > len(state.items))]
         started = time.perf_counter()
-        scorer.score(users[n % len(users)], wanted)
+        scorer.score(user_id, wanted)
         seconds.append(time.perf_counter() - started)
-    return seconds[calls // 5 :]
+    return seconds[len(users) // 6 :]
 
 
 def bodies(state: SyntheticState, candidates: int, count: int, seed: int = 2) -> list[bytes]:
@@ -85,10 +88,13 @@ def bodies(state: SyntheticState, candidates: int, count: int, seed: int = 2) ->
 class ServedSystem:
     """`gpl serve` as processes of its own over a log that holds the state; a context manager. Topics are made anew.
 
+    ``memo_mb``: without a memo of scores each request costs what a user's first one does.
     Raises TimeoutError when it does not become ready.
     """
 
-    def __init__(self, kafka: KafkaSettings, state: SyntheticState, directory: Path, workers: int) -> None:
+    def __init__(
+        self, kafka: KafkaSettings, state: SyntheticState, directory: Path, workers: int, memo_mb: int = 0
+    ) -> None:
         self._state = state
         self._models = directory / "models"
         with closing(socket.create_server(("127.0.0.1", 0))) as free:
@@ -96,7 +102,7 @@ class ServedSystem:
         self.settings = Settings(
             kafka=kafka,
             trainer=TrainerSettings(models=self._models),
-            serve=ServeSettings(port=self.port, workers=workers),
+            serve=ServeSettings(port=self.port, workers=workers, memo_mb=memo_mb),
         )
         self._published = 0
         self._producer: Any = None

@@ -1,16 +1,12 @@
-"""The users' anchors at the scorer, and the anchor score that is the pre-ranker's cross input."""
+"""The users' anchors at the scorer."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from gpl.labels.labeller import PreparedAnchors
-from gpl.labels.matching import Floats, Ints, softmax
 from streams.contracts import UserAnchors, decode
 from streams.frame import Frame
-from streams.scoring.gather import gathered_product
 from streams.settings import LabelSettings
 from streams.views import labeller_config, prepared_anchors
 
@@ -45,23 +41,3 @@ class AnchorCache:
     def of(self, user_id: str) -> PreparedAnchors | None:
         held = self._by_user.get(user_id)
         return None if held is None else held[1]
-
-
-def anchor_scores(prepared: PreparedAnchors, vectors: Floats, rows: Ints) -> Floats:
-    """Raw anchor scores (n,) of the items in ``rows`` (n,) of ``vectors`` (N, d), unit rows.
-
-    Those of ``labeller.score`` to about 1e-6. Labels are made in blocks of one shape, so that a score is the same bit
-    for bit in any company. A server does not need that, and plain products cost half.
-    """
-    cos = gathered_product(vectors, rows, np.ascontiguousarray(prepared.vectors.T))
-    np.clip(cos, -1.0, 1.0, out=cos)
-    if prepared.config.matching == "max":
-        # Column by column: numpy reduces a short last axis slowly.
-        best: Floats = cos[:, 0].copy()
-        for k in range(1, cos.shape[1]):
-            np.maximum(best, cos[:, k], out=best)
-        return best
-    cos -= np.float32(1.0)
-    cos /= np.float32(prepared.config.kernel_tau)
-    scores: Floats = np.exp(cos, out=cos) @ softmax(prepared.logprobs).astype(np.float32)
-    return np.minimum(scores, np.float32(1.0))

@@ -25,12 +25,13 @@ import numpy as np
 import structlog
 
 from gpl.catalogue import Catalogue
+from gpl.labels.matching import Floats, Ints, max_cosines
 from streams import metrics, models
 from streams.contracts import ItemVector, ModelUpdate, decode
 from streams.frame import Frame
 from streams.log_view import Handler, LogView
-from streams.scoring.anchors import AnchorCache, anchor_scores
-from streams.scoring.gather import gathered_product
+from streams.scoring.anchors import AnchorCache
+from streams.scoring.memo import AnchorScores
 from streams.scoring.served import Served
 from streams.settings import Settings
 from streams.views import CatalogueView
@@ -81,6 +82,7 @@ class Scorer:
         self._health = health or metrics.Health()
         self._catalogue = Catalogue(frame.dim, frame.levels)
         self._anchors = AnchorCache(settings.labels, frame)
+        self._anchor_scores = AnchorScores(settings.serve.memo_mb << 20)
         self._announced: ModelUpdate | None = None
         self._served: Served | None = None
         self._lock = threading.Lock()  # of all state below scores; never held while a model is read
@@ -138,9 +140,9 @@ class Scorer:
                 rows = rows[rows >= 0]
             towers = served.towers(user_id, rows)
             anchors = self._anchors.of(user_id)
-            cross = None if anchors is None else anchor_scores(anchors, self._catalogue.vectors, rows)
+            cross = None if anchors is None else self._anchor_scores.of(user_id, anchors, self._catalogue, rows)
         logits = served.logits(towers, cross)
-        order = np.argsort(-logits, kind="stable")
+        order = best_first(logits)
         known_user = served.knows(user_id)
         metrics.SCORE_SECONDS.observe(time.perf_counter() - started)
         metrics.SCORE_CANDIDATES.inc(len(candidates))
@@ -149,8 +151,8 @@ class Scorer:
         _UNKNOWN_ANCHORS.inc(anchors is None)
         return Scored(
             model_version=served.version,
-            items=[*map(known.__getitem__, order.tolist()), *unknown],
-            scores=[*logits[order].tolist(), *([None] * len(unknown))],
+            items=np.array(known, object)[order].tolist() + unknown,
+            scores=logits[order].tolist() + [None] * len(unknown),
             unknown=unknown,
             known_user=known_user,
             anchors=anchors is not None,
@@ -190,8 +192,7 @@ class Scorer:
         vectors = self._catalogue.vectors
         for _ in range(WARM_UP_CALLS):
             rows = self._catalogue.rows(ids)
-            gathered_product(vectors, rows, vectors[:10].T)
-            np.argsort(-served.logits(served.towers("", rows), None), kind="stable")
+            best_first(served.logits(served.towers("", rows), max_cosines(vectors[:10], vectors, rows)))
 
     def _item_changed(self, item_id: str, item: ItemVector | None) -> None:
         if self._served is not None and item is not None:
@@ -229,3 +230,16 @@ class Scorer:
             raise
         finally:
             view.close()
+
+
+def best_first(logits: Floats) -> Ints:
+    """``np.argsort(-logits, kind="stable")`` (n,) of finite float32 logits in half the time, by one sort of integers.
+
+    Upper half of each: the bits of the negated logit, made to sort as their floats do. Lower half: its place.
+    """
+    bits = (np.float32(0.0) - logits).view(np.int32)  # not -logits: the zeros of either sign must tie
+    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64)
+    keys <<= 32
+    keys |= np.arange(len(keys))
+    keys.sort()
+    return keys & 0xFFFFFFFF

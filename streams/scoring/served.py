@@ -11,7 +11,6 @@ from gpl.preranker.model import PreRanker
 from streams import models
 from streams.contracts import ModelUpdate
 from streams.frame import Frame
-from streams.scoring.gather import gathered_product
 
 
 class Served:
@@ -64,7 +63,8 @@ class Served:
     def towers(self, user_id: str, rows: Ints) -> Floats:
         """What the towers say (n,) of the items in catalogue rows (n,)."""
         user = self._network.user_side(self._users.row(user_id))
-        return gathered_product(self._side, rows, user[:, None])[:, 0]
+        towers: Floats = self._side.take(rows, axis=0, mode="clip") @ user
+        return towers
 
     def logits(self, towers: Floats, anchor_score: Floats | None) -> Floats:
         """Logits (n,) from ``towers`` and the raw anchor scores (n,), None for a user without anchors."""

@@ -94,8 +94,10 @@ def test_generation_moves_with_changes_only():
     catalogue.put("a", unit(2), [1, 2])
     catalogue.remove("nobody")
     assert catalogue.generation == seen[-1]
+    assert catalogue.changed.tolist() == [seen[-1]]
     catalogue.remove("a")
     assert catalogue.generation not in seen
+    assert catalogue.changed.tolist() == [catalogue.generation]
 
 
 @pytest.mark.parametrize(
