@@ -33,6 +33,7 @@ TRAINER = frozenset(
     {
         "pseudo_weight",
         "evidence",
+        "temperature",
         "negatives_weight",
         "negatives",
         "personal",
@@ -51,6 +52,7 @@ _WHY_NOT = {
     "labels.idle_timeout_wall_seconds": "it changes when a label is published, not what it says",
     "profiles.allowed_lateness_seconds": "clicks are folded by event time; it decides which are late",
     "profiles.idle_timeout_wall_seconds": "it changes when clicks are applied, not how",
+    "trainer.batch_records": "both trainings take the same batches, so that they differ in one thing only",
     "generator": "anchors are read from the log; others need the language model, which replay does not run",
     "codes": "semantic ids are frozen in the artefacts; `gpl fit` makes others",
     "space": "the space is frozen in the artefacts; `gpl fit` makes another",

@@ -35,7 +35,7 @@ def children(pid: int) -> list[int]:
 def test_reloads_under_load_drop_and_mix_nothing(kafka_settings: KafkaSettings, tmp_path: Path) -> None:
     state = SyntheticState(items=400, users=20, anchors=5, dim=32, seed=3)
     sent = bodies(state, candidates=50, count=30)
-    with ServedSystem(kafka_settings, state, tmp_path, workers=2) as system:
+    with ServedSystem(kafka_settings, state, tmp_path, workers=2, memo_mb=64) as system:
         outcome = system.load(sent, rate=150, seconds=6, connections=12, reload_every=0.1, keep=True)
         figures = system.get("/metrics")
     assert outcome.errors == {} and outcome.statuses == {200: 900}

@@ -47,6 +47,8 @@ def test_the_same_training_settings_give_the_same_figures_and_others_do_not():
     estimate, low, high = other["difference"]["log_loss"]
     assert abs(loss - estimate) < 1e-6 and low <= estimate <= high
     assert asked(world, "lambda=0").document["training"] == other
+    flat = asked(world, "trainer.temperature=100").document["training"]
+    assert flat["in_force"] == same["in_force"] and flat["asked"]["log_loss"] != same["asked"]["log_loss"]
 
 
 def refreshing() -> World:

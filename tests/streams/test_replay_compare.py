@@ -319,6 +319,8 @@ def test_a_damaged_capture_is_refused(world: World, tmp_path: Path):
         ("generator.beams=20", "others need the language model"),
         ("labels.idle_timeout_wall_seconds=3", "when a label is published"),
         ("labels.colour=3", "no such setting"),
+        ("trainer.temperature=0", "greater than 0"),
+        ("trainer.batch_records=3", "the same batches"),
         ("kafka.partitions=3", "--config"),
     ],
 )
