@@ -9,7 +9,7 @@ import numpy as np
 
 from gpl.labels.calibration import Calibration
 from gpl.labels.confidence import confidence, dispersion_factor, generation_factor
-from gpl.labels.matching import Floats, Ints, kernel, kernels, max_cosine, max_cosines
+from gpl.labels.matching import Floats, Ints, kernel, max_cosine
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,6 @@ def score(prepared: PreparedAnchors, items: Floats) -> tuple[Floats, Ints]:
     if prepared.config.matching == "max":
         return max_cosine(prepared.vectors, items)
     return kernel(prepared.vectors, prepared.logprobs, items, prepared.config.kernel_tau)
-
-
-def scores(prepared: PreparedAnchors, items: Floats, rows: Ints) -> Floats:
-    """The scores (n,) of ``score(prepared, items[rows])``, bit for bit, without a copy of all those rows."""
-    if prepared.config.matching == "max":
-        return max_cosines(prepared.vectors, items, rows)
-    return kernels(prepared.vectors, prepared.logprobs, items, prepared.config.kernel_tau, rows)
 
 
 def label(prepared: PreparedAnchors, calibration: Calibration, items: Floats) -> Labelled:

@@ -8,8 +8,6 @@ Across machines scores agree to about 1e-6.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import numpy.typing as npt
 
@@ -22,8 +20,6 @@ Ints = npt.NDArray[np.int64]
 BLOCK_ITEMS = 96
 BLOCK_ANCHORS = 8
 
-_GATHERED = 3 * BLOCK_ITEMS  # rows copied at a time: of 384 float32 values, they stay in a core's second-level cache
-
 
 def cosines(anchors: Floats, items: Floats) -> Floats:
     """Cosine of every item with every anchor, (n, K), clipped to [-1, 1].
@@ -35,41 +31,21 @@ def cosines(anchors: Floats, items: Floats) -> Floats:
     if items.ndim != 2 or items.shape[1] != anchors.shape[1]:
         raise ValueError(f"items: shape {items.shape}, expected (n, {anchors.shape[1]})")
     count, dim = anchors.shape
-    columns = _padded(anchors)
+    columns = np.zeros((count + -count % BLOCK_ANCHORS, dim), dtype=np.float32)
+    columns[:count] = anchors
     items = np.ascontiguousarray(items, dtype=np.float32)
     n = len(items)
     full = n - n % BLOCK_ITEMS
+    blocks = items[:full].reshape(-1, BLOCK_ITEMS, dim)
     last = np.zeros((BLOCK_ITEMS, dim), dtype=np.float32)
     last[: n - full] = items[full:]
-    out = np.empty((full // BLOCK_ITEMS + 1, BLOCK_ITEMS, len(columns)), dtype=np.float32)
-    _products(items[:full].reshape(-1, BLOCK_ITEMS, dim), columns, out[:-1])
-    _products(last[None], columns, out[-1:])
+    out = np.empty((len(blocks) + 1, BLOCK_ITEMS, len(columns)), dtype=np.float32)
+    for start in range(0, len(columns), BLOCK_ANCHORS):
+        group = slice(start, start + BLOCK_ANCHORS)
+        np.matmul(blocks, columns[group].T, out=out[:-1, :, group])
+        np.matmul(last, columns[group].T, out=out[-1, :, group])
     cos = out.reshape(-1, len(columns))[:n, :count]
     return np.clip(cos, -1.0, 1.0, out=cos)
-
-
-def max_cosines(anchors: Floats, items: Floats, rows: Ints) -> Floats:
-    """Scores (n,) of ``max_cosine(anchors, items[rows])``, bit for bit, without a copy of all those rows.
-
-    ``rows`` (n,) within 0..len(items)-1; float32 ``items``. For few rows of a large catalogue: a copy is megabytes
-    that the allocator maps and unmaps at each call, which costs more than the products.
-    """
-    best: Floats = np.empty(len(rows), np.float32)
-    for start, cos in _gathered(anchors, items, rows):
-        part = best[start : start + len(cos)]
-        # Column by column: numpy reduces a short last axis slowly.
-        part[:] = cos[:, 0]
-        for k in range(1, cos.shape[1]):
-            np.maximum(part, cos[:, k], out=part)
-    return best
-
-
-def kernels(anchors: Floats, logprobs: Floats, items: Floats, tau: float, rows: Ints) -> Floats:
-    """Scores (n,) of ``kernel(anchors, logprobs, items[rows], tau)``, bit for bit; see :func:`max_cosines`."""
-    score: Floats = np.empty(len(rows), np.float32)
-    for start, cos in _gathered(anchors, items, rows):
-        score[start : start + len(cos)] = _summed(_terms(cos, logprobs, tau))
-    return score
 
 
 def max_cosine(anchors: Floats, items: Floats) -> tuple[Floats, Ints]:
@@ -87,8 +63,18 @@ def kernel(anchors: Floats, logprobs: Floats, items: Floats, tau: float) -> tupl
 
     Returns the scores (n,) in [0, 1] and the anchor with the largest term. ``tau`` is in units of cosine.
     """
-    terms = _terms(cosines(anchors, items), logprobs, tau)
-    return _summed(terms), terms.argmax(axis=1)
+    if not tau > 0:
+        raise ValueError(f"tau: {tau}, expected a positive number")
+    terms = cosines(anchors, items)
+    terms -= np.float32(1.0)
+    terms /= np.float32(tau)
+    np.exp(terms, out=terms)
+    terms *= softmax(logprobs).astype(np.float32)
+    # Summed column by column: the order of additions must not depend on the number of rows.
+    score = terms[:, 0].copy()
+    for k in range(1, terms.shape[1]):
+        score += terms[:, k]
+    return np.minimum(score, np.float32(1.0)), terms.argmax(axis=1)
 
 
 def softmax(logprobs: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
@@ -103,54 +89,3 @@ def softmax(logprobs: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
 def _pick(values: Floats, column: Ints) -> Floats:
     picked: Floats = np.take_along_axis(values, column[:, None], axis=1)[:, 0]
     return picked
-
-
-def _padded(anchors: Floats) -> Floats:
-    count, dim = anchors.shape
-    columns = np.zeros((count + -count % BLOCK_ANCHORS, dim), dtype=np.float32)
-    columns[:count] = anchors
-    return columns
-
-
-def _products(blocks: Floats, columns: Floats, out: Floats) -> None:
-    """``blocks`` (B, BLOCK_ITEMS, d) times ``columns`` (multiple of BLOCK_ANCHORS, d), in the one shape."""
-    for start in range(0, len(columns), BLOCK_ANCHORS):
-        group = slice(start, start + BLOCK_ANCHORS)
-        np.matmul(blocks, columns[group].T, out=out[:, :, group])
-
-
-def _gathered(anchors: Floats, items: Floats, rows: Ints) -> Iterator[tuple[int, Floats]]:
-    """Start and cosines (at most _GATHERED, K) of consecutive parts of ``rows``; the next part overwrites them."""
-    count, dim = anchors.shape
-    columns = _padded(anchors)
-    buffer = np.empty((_GATHERED, dim), np.float32)
-    out = np.empty((_GATHERED, len(columns)), np.float32)
-    shape = (-1, BLOCK_ITEMS)
-    for start in range(0, len(rows), _GATHERED):
-        some = rows[start : start + _GATHERED]
-        n = len(some)
-        whole = n + -n % BLOCK_ITEMS
-        # mode "clip" fills the buffer directly; the default goes by another copy.
-        items.take(some, axis=0, out=buffer[:n], mode="clip")
-        buffer[n:whole] = 0.0
-        _products(buffer[:whole].reshape(*shape, dim), columns, out[:whole].reshape(*shape, len(columns)))
-        cos = out[:n, :count]
-        yield start, np.clip(cos, -1.0, 1.0, out=cos)
-
-
-def _terms(cos: Floats, logprobs: Floats, tau: float) -> Floats:
-    if not tau > 0:
-        raise ValueError(f"tau: {tau}, expected a positive number")
-    cos -= np.float32(1.0)
-    cos /= np.float32(tau)
-    np.exp(cos, out=cos)
-    cos *= softmax(logprobs).astype(np.float32)
-    return cos
-
-
-def _summed(terms: Floats) -> Floats:
-    # Column by column: the order of additions must not depend on the number of rows.
-    score = terms[:, 0].copy()
-    for k in range(1, terms.shape[1]):
-        score += terms[:, k]
-    return np.minimum(score, np.float32(1.0))

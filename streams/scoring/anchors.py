@@ -1,14 +1,20 @@
-"""The users' anchors at the scorer."""
+"""The users' anchors at the scorer, and the anchor score that is the pre-ranker's cross input."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from gpl.labels.labeller import PreparedAnchors
+from gpl.labels.matching import Floats, Ints, softmax
 from streams.contracts import UserAnchors, decode
 from streams.frame import Frame
 from streams.settings import LabelSettings
 from streams.views import labeller_config, prepared_anchors
+
+_BLOCK = 128
+"""Rows at a time: 128 x 384 float32 values stay in a core's second-level cache."""
 
 
 class AnchorCache:
@@ -41,3 +47,40 @@ class AnchorCache:
     def of(self, user_id: str) -> PreparedAnchors | None:
         held = self._by_user.get(user_id)
         return None if held is None else held[1]
+
+
+def anchor_scores(prepared: PreparedAnchors, vectors: Floats, rows: Ints) -> Floats:
+    """Raw anchor scores (n,) of the items in ``rows`` (n,) of ``vectors`` (N, d), unit rows.
+
+    Those of ``labeller.score`` to about 1e-6. Labels are made in blocks of one shape, so that a score is the same bit
+    for bit in any company. A server does not need that, and its products cost a quarter more.
+    """
+    cos = _cosines(np.ascontiguousarray(prepared.vectors.T), vectors, rows)
+    if prepared.config.matching == "max":
+        # Column by column: numpy reduces a short last axis slowly.
+        best: Floats = cos[:, 0].copy()
+        for k in range(1, cos.shape[1]):
+            np.maximum(best, cos[:, k], out=best)
+        return np.clip(best, -1.0, 1.0, out=best)
+    np.clip(cos, -1.0, 1.0, out=cos)
+    cos -= np.float32(1.0)
+    cos /= np.float32(prepared.config.kernel_tau)
+    scores: Floats = np.exp(cos, out=cos) @ softmax(prepared.logprobs).astype(np.float32)
+    return np.minimum(scores, np.float32(1.0))
+
+
+def _cosines(anchors: Floats, vectors: Floats, rows: Ints) -> Floats:
+    """``vectors[rows] @ anchors``, (n, K), of (N, d) and (d, K).
+
+    Block by block over one small buffer: a copy of all rows is megabytes that the allocator maps and unmaps at each
+    call, which cost more than the product itself.
+    """
+    n = len(rows)
+    buffer = np.empty((min(_BLOCK, n), vectors.shape[1]), np.float32)
+    cos: Floats = np.empty((n, anchors.shape[1]), np.float32)
+    for start in range(0, n, _BLOCK):
+        some = rows[start : start + _BLOCK]
+        # mode "clip" fills the buffer directly; the default goes by another copy.
+        block = vectors.take(some, axis=0, out=buffer[: len(some)], mode="clip")
+        np.matmul(block, anchors, out=cos[start : start + _BLOCK])
+    return cos

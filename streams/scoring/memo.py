@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from gpl.catalogue import Catalogue
-from gpl.labels import labeller
 from gpl.labels.labeller import PreparedAnchors
 from gpl.labels.matching import Floats, Ints
+from streams.scoring.anchors import anchor_scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class _Held:
 
 
 class AnchorScores:
-    """Anchor scores, made or remembered; a remembered one is what would be made now, bit for bit.
+    """Anchor scores, made or remembered; a remembered one is what would be made now (to float32's rounding).
 
     A score is forgotten when its item changes, when the user's anchors do, and when there is no more room: users who
     have not asked for longest go first. Models do not matter to it. Not thread-safe.
@@ -44,12 +44,12 @@ class AnchorScores:
     def of(self, user_id: str, anchors: PreparedAnchors, catalogue: Catalogue, rows: Ints) -> Floats:
         """Raw anchor scores (n,) of the items in ``rows`` (n,), each of which holds an item."""
         if not self._max_bytes:
-            return labeller.scores(anchors, catalogue.vectors, rows)
+            return anchor_scores(anchors, catalogue.vectors, rows)
         held = self._held.pop(user_id, None)
         if held is not None:
             self._bytes -= held.nbytes
         if held is None or held.anchors is not anchors:
-            scores = labeller.scores(anchors, catalogue.vectors, rows)
+            scores = anchor_scores(anchors, catalogue.vectors, rows)
             held = _Held(anchors, catalogue.generation, rows, scores)
         else:
             scores, held = self._completed(held, catalogue, rows)
@@ -72,7 +72,7 @@ class AnchorScores:
         missing = np.flatnonzero(np.isnan(scores))
         if len(missing):
             new_rows = rows[missing]
-            new = labeller.scores(held.anchors, catalogue.vectors, new_rows)
+            new = anchor_scores(held.anchors, catalogue.vectors, new_rows)
             scores[missing] = new
             old_rows, old = np.concatenate([old_rows, new_rows]), np.concatenate([old, new])
         return scores, _Held(held.anchors, catalogue.generation, old_rows, old)

@@ -25,16 +25,17 @@ import numpy as np
 import structlog
 
 from gpl.catalogue import Catalogue
-from gpl.labels.matching import Floats, Ints, max_cosines
+from gpl.labels.labeller import PreparedAnchors
+from gpl.labels.matching import Floats, Ints
 from streams import metrics, models
 from streams.contracts import ItemVector, ModelUpdate, decode
 from streams.frame import Frame
 from streams.log_view import Handler, LogView
-from streams.scoring.anchors import AnchorCache
+from streams.scoring.anchors import AnchorCache, anchor_scores
 from streams.scoring.memo import AnchorScores
 from streams.scoring.served import Served
 from streams.settings import Settings
-from streams.views import CatalogueView
+from streams.views import CatalogueView, labeller_config
 
 log = structlog.get_logger()
 
@@ -190,9 +191,13 @@ class Scorer:
         if served is None or not ids:
             return
         vectors = self._catalogue.vectors
+        some = vectors[self._catalogue.rows(ids[:10])]
+        ones = np.ones(len(some), np.float32)
+        config = labeller_config(self._settings.labels)
+        anchors = PreparedAnchors.build(some, -ones, ones, self._frame.levels, config)
         for _ in range(WARM_UP_CALLS):
             rows = self._catalogue.rows(ids)
-            best_first(served.logits(served.towers("", rows), max_cosines(vectors[:10], vectors, rows)))
+            best_first(served.logits(served.towers("", rows), anchor_scores(anchors, vectors, rows)))
 
     def _item_changed(self, item_id: str, item: ItemVector | None) -> None:
         if self._served is not None and item is not None:

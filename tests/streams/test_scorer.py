@@ -7,6 +7,7 @@ tests/integration/test_trainer_kafka.py.
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
+from gpl.labels import labeller
+from gpl.labels.labeller import PreparedAnchors
 from gpl.preranker.model import PreRanker
 from streams import models
 from streams.contracts import ItemVector, ModelUpdate, Record, UserAnchors, encode
 from streams.frame import Frame
 from streams.metrics import Health
+from streams.scoring.anchors import anchor_scores
 from streams.scoring.scorer import NotReadyError, Scorer, best_first
 from streams.settings import Settings, TrainerSettings
 from streams.views import vector_bytes
@@ -209,6 +213,23 @@ def test_a_user_who_comes_again_is_scored_on_what_holds_then(world: World) -> No
         assert by_item[item_id] == pytest.approx(by_formula(network, "u1", item_id, unit(3, 7)), abs=1e-5)
     moved = network.score(1, np.array([2]), VECTORS["i11"][None], (VECTORS["i11"] @ unit(3, 7).T).max(keepdims=True))
     assert by_item["i1"] == pytest.approx(float(moved[0]), abs=1e-5)
+
+
+@given(
+    n=st.integers(1, 700),
+    anchors=st.integers(1, 11),
+    matching=st.sampled_from(["max", "kernel"]),
+    seed=st.integers(0, 99),
+)
+def test_anchor_scores_are_those_of_labels(n: int, anchors: int, matching: Any, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    config = labeller.Config(matching=matching)
+    logprobs = -rng.exponential(size=anchors).astype(np.float32)
+    prepared = PreparedAnchors.build(unit(anchors, seed), logprobs, np.ones(anchors, np.float32), LEVELS, config)
+    items, rows = unit(50, seed + 1), rng.integers(50, size=n)
+    np.testing.assert_allclose(
+        anchor_scores(prepared, items, rows), labeller.score(prepared, items[rows])[0], rtol=0, atol=2e-6
+    )
 
 
 def test_what_the_model_does_not_know_is_told(world: World) -> None:
