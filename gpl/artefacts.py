@@ -9,13 +9,15 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpl.anchors.base import AnchorGenerator, Beams, History, load_generator
 from gpl.codes.quantiser import Quantiser, load_quantiser
-from gpl.codes.trie import SidTrie
 from gpl.labels.calibration import Fitted, calibration_from_dict
 from gpl.space import Space
+
+if TYPE_CHECKING:
+    from gpl.codes.trie import SidTrie
 
 MANIFEST = "manifest.json"
 _PARTS = ("space", "quantiser", "generator")

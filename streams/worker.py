@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import numpy as np
 import structlog
-import torch
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
@@ -23,7 +22,6 @@ from gpl.catalogue import Catalogue
 from gpl.index.base import VectorIndex
 from gpl.space import PRECOMPUTED, SentenceEncoder
 from streams import metrics
-from streams.anchors.agent import AnchorsRole
 from streams.contracts import ItemVector
 from streams.labels.agent import LabelsRole
 from streams.labels.catalogue import CatalogueRole
@@ -86,18 +84,7 @@ class Worker:
                 ProfilesRole(settings, self._versions, self._dim, self._vector_of, self._ready, self.health, self._fail)
             )
         if "anchors" in wanted:
-            self._roles.append(
-                AnchorsRole(
-                    settings,
-                    artefacts.generator,
-                    self._catalogue,
-                    artefacts.quantiser.codebook_size,
-                    self._versions,
-                    self._ready,
-                    self.health,
-                    self._fail,
-                )
-            )
+            self._add_anchors()
 
     def _add_labels(self) -> None:
         settings, space = self._settings, self._artefacts.space
@@ -105,6 +92,7 @@ class Worker:
         shared = self._index if settings.index.kind == "server" else None
         encoder = None
         if space.encoder != PRECOMPUTED:
+            _torch_on_one_thread()
             encoder = SentenceEncoder(space.encoder, settings.space.cache, settings.space.batch_size)
         self._recalled = RecalledVectors(self._index, self._view.content, self._dim, self._levels)
         versions = Versions(space.version, self._artefacts.quantiser.version, settings.fingerprint())
@@ -124,6 +112,23 @@ class Worker:
             settings, self._artefacts, encoder, shared, self._view.content, self._ready, self.health, self._fail
         )
         self._roles += [catalogue, labels]
+
+    def _add_anchors(self) -> None:
+        from streams.anchors.agent import AnchorsRole
+
+        _torch_on_one_thread()
+        self._roles.append(
+            AnchorsRole(
+                self._settings,
+                self._artefacts.generator,
+                self._catalogue,
+                self._artefacts.quantiser.codebook_size,
+                self._versions,
+                self._ready,
+                self.health,
+                self._fail,
+            )
+        )
 
     def _ready(self) -> bool:
         return self._log is not None and self._log.ready
@@ -181,6 +186,12 @@ class Worker:
                 self._index.close()
 
 
+def _torch_on_one_thread() -> None:
+    import torch  # seconds to import; only a generator and an encoder need it
+
+    torch.set_num_threads(1)
+
+
 async def _main(settings: Settings, role: RoleName) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -200,7 +211,6 @@ async def _main(settings: Settings, role: RoleName) -> None:
 def run(settings: Settings, role: RoleName) -> None:
     """Run a worker until SIGTERM or SIGINT. Raises what made it fail."""
     # Requests are small matrices: more threads would only fight over the cores with the other roles.
-    torch.set_num_threads(1)
     threadpool_limits(1)
     # The event loop shares the interpreter with the clients' network threads and the generator; at the default of
     # 5 ms every send that lets go of the lock may wait that long to get it back.

@@ -8,7 +8,8 @@ import pytest
 from gpl.anchors.history import HistoryClusters
 from gpl.anchors.quality import Split, anchor_scores, mean_history_scores, recall
 from gpl.anchors.throughput import measure
-from gpl.codes import ResidualKMeans, SidTrie
+from gpl.codes import ResidualKMeans
+from gpl.codes.trie import SidTrie
 
 GROUPS, EACH, DIM = 6, 20, 8
 

@@ -13,7 +13,8 @@ from rich.console import Console
 from gpl.anchors.base import History, anchors_of
 from gpl.artefacts import Artefacts
 from gpl.catalogue import ItemContent
-from gpl.codes import SidCentroids, SidTrie
+from gpl.codes import SidCentroids
+from gpl.codes.trie import SidTrie
 from gpl.fit import Event, FitOptions, fit
 from gpl.inspect import Inspector, html, text
 from gpl.labels import labeller

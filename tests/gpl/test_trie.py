@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpl.codes import SidTrie
+from gpl.codes.trie import SidTrie
 
 SIZE = 5
 sid_lists = st.integers(1, 4).flatmap(
