@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from streams.kafka import producer
-from streams.log_view import LogView, TopicMissingError
+from streams.log_view import FETCH_BYTES, LogView, TopicMissingError
 from streams.settings import KafkaSettings
 from streams.topics import full_name
 
@@ -41,6 +43,18 @@ def test_an_empty_topic_is_caught_up_and_chosen_partitions_only_are_read(kafka_s
     empty = LogView(kafka_settings, {"calibrations": lambda r: None})
     assert empty.caught_up()
     empty.close()
+
+
+def test_records_over_what_is_fetched_at_a_time_are_read(kafka_settings: KafkaSettings):
+    """Among small ones and in each partition, so that no partition waits for ever behind another."""
+    seen: dict[int, list[bytes]] = {0: [], 1: [], 2: []}
+    values = [b"1", os.urandom(3 * FETCH_BYTES), b"2", os.urandom(2 * FETCH_BYTES)]
+    for partition in seen:
+        send(kafka_settings, "user-anchors", *values, partition=partition)
+    view = LogView(kafka_settings, {"user-anchors": lambda r: seen[r.partition].append(r.value)})
+    view.warm_up()
+    view.close()
+    assert all(read == values for read in seen.values())
 
 
 def test_a_dropped_topic_is_followed_no_longer(kafka_settings: KafkaSettings):
