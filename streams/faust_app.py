@@ -63,7 +63,6 @@ def make_app(kafka: KafkaSettings, role: str) -> Any:
         # A batch a partition, compressed as a whole; a record that is larger makes a batch of its own.
         producer_max_batch_size=512 * 1024,
         producer_compression_type=None if kafka.compression == "none" else kafka.compression,
-        producer_acks=-1,
         producer_linger=0.005,
         stream_recovery_delay=0.0,
         # Or stopping and every rebalance would wait for events that are held for their window.

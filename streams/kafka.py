@@ -65,6 +65,8 @@ def consumer(kafka: KafkaSettings, **overrides: Any) -> KafkaConsumer:
         **client_options(kafka),
         "enable_auto_commit": False,
         "auto_offset_reset": "earliest",
+        # What a transactional producer took back was never said.
+        "isolation_level": "read_committed",
         # A single record may be as large as the cap.
         "max_partition_fetch_bytes": max(2**20, kafka.max_record_bytes + BATCH_OVERHEAD_BYTES),
     }

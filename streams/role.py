@@ -33,6 +33,8 @@ WATCH = 5.0
 """Seconds between two looks at what the broker says of this consumer."""
 FLUSH = 10.0
 """Seconds that a stop waits for a broker that does not take what was sent."""
+QUIET = 1.0
+"""Seconds without a record after which the consumer is asked how far it is."""
 TICK = 0.1
 """Seconds between looks at idle partitions and finished warm-ups."""
 
@@ -304,7 +306,8 @@ class Role(Generic[P]):
         for number, partition in list(self.partitions.items()):
             idle = set()
             for topic, source in self._sources.items():
-                behind = await self._behind(topic, number, partition.next_offset.get(source))
+                quiet = now - partition.last_arrival[source] > QUIET
+                behind = await self._behind(topic, number, partition.next_offset.get(source), quiet)
                 if behind is None:
                     continue
                 metrics.CONSUMER_LAG.labels(topic, str(number)).set(behind)
@@ -351,15 +354,20 @@ class Role(Generic[P]):
                     starved.append(f"{topic}[{number}]")
         return starved
 
-    async def _behind(self, topic: str, number: int, next_offset: int | None) -> int | None:
-        """Records between what was processed and the end of the partition; None while that is not known."""
+    async def _behind(self, topic: str, number: int, next_offset: int | None, quiet: bool) -> int | None:
+        """Records between what was processed and the end of the partition; None while that is not known.
+
+        What is left of a ``quiet`` partition may be markers of transactions, which are never handed over.
+        """
         tp = TP(topic, number)
         consumer = self.app.consumer
         highwater = consumer.highwater(tp) if tp in consumer.assignment() else None
         if highwater is None:
             return None
-        if next_offset is None:
-            next_offset = await self._position(tp)
+        if next_offset is None or (quiet and next_offset < highwater):
+            position = await self._position(tp)
+            if position is not None and not consumer.in_hand:
+                next_offset = max(position, next_offset or 0)
         return None if next_offset is None else max(0, highwater - next_offset)
 
     async def _position(self, tp: TP) -> int | None:

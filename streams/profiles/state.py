@@ -87,10 +87,16 @@ def apply_positive(profile: Profile, positive: Positive, max_positives: int) -> 
 
 
 def answered(profile: Profile, anchors: AnchorsInForce) -> Profile:
-    """The profile once its pending request is answered; the same profile when this is not that answer."""
-    if not profile.pending or anchors.version != profile.sequence:
+    """The profile once the request that ``anchors`` answer is; the same profile when it knows that already.
+
+    A profile that has not made that request yet is one whose newest states were lost, in a crash after the request.
+    What they said of it follows from the answer, whose ``ts`` is that of the click that asked.
+    """
+    if anchors.version < profile.sequence or (anchors.version == profile.sequence and not profile.pending):
         return profile
-    return msgspec.structs.replace(profile, pending=False, drift=PageHinkley())
+    return msgspec.structs.replace(
+        profile, sequence=anchors.version, requested_ts=anchors.ts, pending=False, drift=PageHinkley()
+    )
 
 
 def advance(
@@ -110,6 +116,9 @@ def advance(
     while tested < len(profile.positives) and not profile.pending:
         positive = profile.positives[tested]
         tested += 1
+        if profile.requested_ts is not None and positive.ts <= profile.requested_ts:
+            # Of the same millisecond as the click that asked; or read again after a crash (see `answered`).
+            continue
         miss = _miss(anchors, vector_of(positive.item_id))
         if miss is not None:
             drift = drift.update(miss, settings.drift_delta)

@@ -170,6 +170,7 @@ class Follower:
         self._anchors: dict[tuple[str, int], bytes] = {}
         self._vectors: dict[str, bytes] = {}
         self._seen: set[tuple[str, int]] = set()
+        self._ends: dict[tuple[str, int], int] = {}
         self._twice: list[object] = []
         self.label_times: list[tuple[int, int]] = []
         """Partition and Kafka milliseconds of every label record."""
@@ -178,7 +179,11 @@ class Follower:
         """Read what has come; what the topics say now."""
         while batches := self._reader.poll(timeout_ms=int(timeout * 1000)):
             for record in (record for batch in batches.values() for record in batch):
-                self._take(self._names[record.topic], record)
+                # A broker that died may give a record again; twice in the log is what is looked for.
+                where = record.topic, record.partition
+                if record.offset >= self._ends.get(where, 0):
+                    self._ends[where] = record.offset + 1
+                    self._take(self._names[record.topic], record)
             timeout = 0.05
         return Outcome(
             {name: _comparable(label) for name, label in self._final.items()},

@@ -1,4 +1,4 @@
-"""What was fetched while a rebalance ends is handed over, and nothing is passed over."""
+"""What is handed over to a role: all that was said, once, through rebalances and other people's transactions."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 from faust.types import TP
+from kafka import TopicPartition
 
+from streams import metrics
 from streams.faust_app import make_app, raw_topic
 from streams.intake import subscribe
-from streams.kafka import producer
-from streams.settings import KafkaSettings
+from streams.kafka import consumer, producer
+from streams.role import PartitionState, Role
+from streams.settings import KafkaSettings, Settings
 from streams.topics import full_name
 
 RECORDS = 20
@@ -97,3 +100,54 @@ async def test_a_fetch_that_outlives_a_rebalance_loses_nothing(
             await second.stop()
     finally:
         await first.stop()
+
+
+class Reader(Role[PartitionState]):
+    """Notes what it takes, and which sources are at their end."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.values: list[bytes] = []
+        self.idle: dict[int, set[str]] = {}
+
+    def new_partition(self, now: float) -> PartitionState:
+        return PartitionState(self._sources.values(), now)
+
+    def ready(self) -> bool:
+        return True
+
+    async def take(self, number: int, partition: PartitionState, source: str, message: Any) -> None:
+        self.values.append(message.value)
+
+    async def advance(self, number: int, partition: PartitionState, now: float, idle: set[str]) -> None:
+        self.idle[number] = idle
+
+
+@pytest.mark.kafka
+async def test_transactions_count_when_committed_and_their_markers_leave_nothing_behind(
+    kafka_settings: KafkaSettings,
+) -> None:
+    topic = full_name(kafka_settings, "recalls")
+    name = f"{kafka_settings.group_prefix}upstream"
+    with producer(kafka_settings, transactional_id=name) as out:
+        out.init_transactions()
+        for value, kept in ((b"first", True), (b"taken back", False), (b"second", True)):
+            out.begin_transaction()
+            out.send(topic, value=value, partition=0)
+            out.commit_transaction() if kept else out.abort_transaction()
+    failures: list[BaseException] = []
+    role = Reader("transactions", ("recalls",), Settings(kafka=kafka_settings), metrics.Health(), failures.append)
+    await role.start()
+    try:
+        # The last record is followed by a marker, so the end of the partition is never the next of a record.
+        await until("the end of the partition", lambda: role.idle.get(0) == {"recalls"} and len(role.values) > 1)
+    finally:
+        await role.stop()
+    assert (role.values, failures) == ([b"first", b"second"], [])
+    with consumer(kafka_settings) as of_state:
+        tp = TopicPartition(topic, 0)
+        of_state.assign([tp])
+        read: list[bytes] = []
+        while of_state.position(tp) < of_state.end_offsets([tp])[tp]:
+            read += [record.value for batch in of_state.poll(500).values() for record in batch]
+    assert read == role.values

@@ -229,13 +229,6 @@ def test_every_request_gets_one_right_label_and_trouble_ends_in_the_dead_letters
                 encode(Feedback("far", "u", "item-1", 10 * START, "click")),
                 "future",
             ),
-            # Its label would be over the cap.
-            (
-                "recalls",
-                b"user-0",
-                encode(Recall("whole", "user-0", START + REQUESTS * STEP, [f"item-{i}" for i in range(ITEMS)])),
-                "too_large",
-            ),
             ("items", b"bad", b'{"item_id":"bad","text":"no vector"}', "item"),
             ("items", b"short", encode(Item("short", "", embedding=[1.0, 2.0])), "item"),
             ("items", b"other", encode(Item("key", "", embedding=[1.0] * DIM)), "key"),
@@ -258,6 +251,11 @@ def test_every_request_gets_one_right_label_and_trouble_ends_in_the_dead_letters
             lambda: len(read_all(kafka, "user-anchors")) == len(read_all(kafka, "anchor-requests")),
         )
         wait_for("all to be settled", lambda: settled(kafka, site, artefacts, vectors))
+        # Its user has anchors by now, so its label is over the cap.
+        whole = Recall("whole", "user-0", START + REQUESTS * STEP, [f"item-{i}" for i in range(ITEMS)])
+        bad.append(("recalls", b"user-0", encode(whole), "too_large"))
+        with producer(kafka) as out:
+            out.send(full_name(kafka, "recalls"), key=b"user-0", value=bad[-1][2])
 
         wait_for("the dead letters", lambda: len(read_all(kafka, "dead-letters")) >= len(bad))
         letters = read_all(kafka, "dead-letters")

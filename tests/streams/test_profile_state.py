@@ -121,6 +121,53 @@ def test_the_state_that_has_come_furthest_wins_in_whatever_order_states_are_writ
     assert kept == profile
 
 
+@given(
+    st.lists(st.tuples(st.sampled_from(["east", "north", "unknown"]), st.integers(0, 2)), min_size=1, max_size=40),
+    st.integers(0, 2**32),
+)
+def test_requests_do_not_depend_on_states_that_a_crash_lost(clicks, seed):
+    """States are written after the requests that they tell of; these are answered although the states are lost."""
+    ts, log = 0, []
+    for n, (item, later) in enumerate(clicks):
+        ts += 1000 * later
+        log.append(positive(n, item, ts))
+
+    def answer(request: AnchorRequest) -> AnchorsInForce:
+        known = [item for item in request.positives if item in AXES]
+        vectors = AXES[known[-1]][None, :] if known else np.zeros((0, 2), np.float32)
+        return AnchorsInForce(request.sequence, request.ts, VERSIONS, vectors)
+
+    def run(order: random.Random | None) -> tuple[list[AnchorRequest], Profile]:
+        profile, in_force, asked, states = Profile("u"), None, {}, [Profile("u")]
+        at = 0
+        while at < len(log):
+            profile = feed(profile, log[at])
+            at += 1
+            profile, request = step(profile, in_force)
+            if request is not None:
+                known = asked.setdefault(request.sequence, request)
+                assert (known.ts, known.positives) == (request.ts, request.positives)
+                if order is None or order.random() < 0.7:
+                    in_force = answer(request)
+                if order is not None and order.random() < 0.5:
+                    # The process dies. Of the states that were written any may be the newest durable one.
+                    profile = states[order.randrange(len(states))]
+                    at = sum((p.ts, p.event_id) <= profile.cursor for p in log)
+                elif in_force is None or in_force.version < request.sequence:
+                    in_force = answer(request)
+            if in_force is not None:
+                profile = answered(profile, in_force)
+            states.append(profile)
+        return list(asked.values()), profile
+
+    order = random.Random(seed)
+    (asked, last), (again, last_again) = run(None), run(order)
+    assert [(r.sequence, r.ts, r.reason, r.positives) for r in again] == [
+        (r.sequence, r.ts, r.reason, r.positives) for r in asked
+    ]
+    assert last_again == last
+
+
 @given(st.lists(st.sampled_from(["east", "north", "unknown"]), min_size=1, max_size=40), st.integers(0, 2**32))
 def test_requests_do_not_depend_on_when_answers_arrive(items, seed):
     """Answered at once, or after any number of further clicks: the same requests."""
