@@ -5,7 +5,7 @@ from __future__ import annotations
 from streams.contracts import Record
 
 
-class PageHinkley(Record, frozen=True, array_like=True):
+class PageHinkley(Record, frozen=True, array_like=True, gc=False):
     """State of the test after ``n`` values, immutable; ``update`` gives the next state.
 
     With mean_t the running mean, m_t = m_{t-1} + x_t - mean_t - delta; the alarm is m_t - min(m) > threshold.

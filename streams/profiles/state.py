@@ -8,7 +8,6 @@ tested once the answer is there. So which refreshes are asked for does not depen
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
@@ -26,15 +25,16 @@ MIN_DRIFT_VALUES = 5
 """Clicks since the last refresh below which drift is not judged."""
 
 
+# Millions of these are held and none can be in a cycle: ``gc=False`` spares the garbage collector the walk.
 class Positive(Record, frozen=True, array_like=True, gc=False):
-    """One click, in the order of its fields. Millions are held: the garbage collector need not walk them."""
+    """One click, in the order of its fields."""
 
     ts: int
     event_id: str
     item_id: str
 
 
-class Profile(Record, frozen=True):
+class Profile(Record, frozen=True, gc=False):
     """State of one user, ``gpl.profiles`` (compacted).
 
     ``positives``: oldest first; the first ``tested`` of them have been looked at for drift. ``cursor``: (ts, event_id)
@@ -51,8 +51,7 @@ class Profile(Record, frozen=True):
     drift: PageHinkley = PageHinkley()
 
 
-@dataclass(frozen=True)
-class AnchorsInForce:
+class AnchorsInForce(msgspec.Struct, frozen=True, gc=False):
     """What the fold needs of a user's newest anchors. ``vectors``: (K, dim), K may be 0."""
 
     version: int
@@ -107,7 +106,7 @@ def advance(
     settings: ProfileSettings,
     history: int,
 ) -> tuple[Profile, AnchorRequest | None]:
-    """Test the clicks that are not tested yet, up to the first that asks for a refresh.
+    """Test the clicks that are not tested yet, up to the first that asks for a refresh; the same profile without any.
 
     ``anchors``: the answer to the newest request, None before the first. ``versions``: generator, quantiser and
     encoder of this process. ``history``: positives that a request carries.
@@ -137,6 +136,8 @@ def advance(
                 profile, drift=drift, tested=tested, sequence=sequence, pending=True, requested_ts=positive.ts
             )
             return profile, request
+    if tested == profile.tested:
+        return profile, None
     return msgspec.structs.replace(profile, drift=drift, tested=tested), None
 
 

@@ -77,6 +77,15 @@ def test_nothing_is_asked_for_within_the_minimum_interval():
     assert step(feed(profile, positive(10)), anchors(1, 0), calm)[1].ts == 10_000
 
 
+def test_a_profile_without_new_clicks_stays_the_same_one():
+    """What is read back at a restart is not written again."""
+    profile, request = step(feed(Profile("u"), *(positive(n) for n in range(1, 4))), None)
+    assert request is not None
+    done, _ = step(answered(profile, anchors(1, request.ts)), anchors(1, request.ts))
+    assert step(done, anchors(1, request.ts)) == (done, None)
+    assert step(done, anchors(1, request.ts))[0] is done
+
+
 def test_an_unknown_item_is_no_miss():
     profile = msgspec.structs.replace(Profile("u"), sequence=1)
     profile, request = step(feed(profile, *(positive(n, "never seen") for n in range(1, 30))), anchors(1, 0))
