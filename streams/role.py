@@ -37,6 +37,8 @@ QUIET = 1.0
 """Seconds without a record after which the consumer is asked how far it is."""
 TICK = 0.1
 """Seconds between looks at idle partitions and finished warm-ups."""
+STANDSTILL = 1.0
+"""Seconds between two looks in which the process was stopped, or starved; what came meanwhile is not fetched yet."""
 
 
 class PartitionState:
@@ -103,7 +105,8 @@ class Role(Generic[P]):
         # From here on: a process that answers before its roles have begun is not ready, and may stall as it begins.
         health.wait_for(name)
         health.beat(name)
-        self._ticked = clock()
+        self._ticked = self._awake_since = clock()
+        self._worked = time.process_time()
         self._busy_since: float | None = None
         subscribe(self.app, raw_topic(self.app, settings.kafka, *sources), self)
 
@@ -135,7 +138,7 @@ class Role(Generic[P]):
         """All records of a batch were taken: the moment for what is better done once than for each."""
 
     async def advance(self, number: int, partition: P, now: float, idle: set[str]) -> None:
-        """Time has passed. ``idle``: sources at their end, and since when quiet is in ``partition.last_arrival``."""
+        """Time has passed. ``idle``: sources at their end; for how long is told by `quiet_for`."""
         raise NotImplementedError
 
     async def advanced(self, now: float) -> None:
@@ -303,10 +306,14 @@ class Role(Generic[P]):
         if self.ready():
             self.health.done(self.name)
         now = self.clock()
+        worked = time.process_time()
+        if now - self._ticked - (worked - self._worked) > STANDSTILL:
+            self._awake_since = now
+        self._worked = worked
         for number, partition in list(self.partitions.items()):
             idle = set()
             for topic, source in self._sources.items():
-                quiet = now - partition.last_arrival[source] > QUIET
+                quiet = self.quiet_for(partition, source, now) > QUIET
                 behind = await self._behind(topic, number, partition.next_offset.get(source), quiet)
                 if behind is None:
                     continue
@@ -321,6 +328,10 @@ class Role(Generic[P]):
         if not self.halted:
             await self.advanced(now)
         self._ticked = now
+
+    def quiet_for(self, partition: P, source: str, now: float) -> float:
+        """Seconds that a source has brought nothing although this process would have seen it."""
+        return now - max(partition.last_arrival[source], self._awake_since)
 
     async def _watch_forever(self) -> None:
         """Beat while the broker confirms that this consumer is in its group and is given what is there."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 from kafka.errors import KafkaError
 from rich.console import Console
@@ -9,6 +12,7 @@ from rich.console import Console
 from streams import settings, topics
 
 app = typer.Typer(no_args_is_help=True, help="Create the Kafka topics, or check those that are there.")
+Config = Annotated[Path | None, typer.Option("--config", help="TOML file; default gpl.toml or GPL_CONFIG.")]
 _out = Console(highlight=False, soft_wrap=True)
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -19,9 +23,9 @@ def _fail(error: Exception) -> typer.Exit:
 
 
 @app.command()
-def create() -> None:
+def create(config: Config = None) -> None:
     """Create the topics that are missing; those that exist are left alone and checked."""
-    kafka = settings.load().kafka
+    kafka = settings.load(config).kafka
     try:
         created = topics.create(kafka)
     except (ConnectionError, KafkaError) as error:
@@ -29,13 +33,13 @@ def create() -> None:
     for name in created:
         _out.print(f"created {name}", markup=False)
     _out.print(f"{len(created)} created, {len(topics.TOPICS) - len(created)} there before")
-    check()
+    check(config)
 
 
 @app.command()
-def check() -> None:
+def check(config: Config = None) -> None:
     """Compare the topics with the settings; exit code 1 with a sentence for each difference."""
-    kafka = settings.load().kafka
+    kafka = settings.load(config).kafka
     try:
         problems = topics.check(kafka)
     except (ConnectionError, KafkaError) as error:

@@ -177,9 +177,9 @@ class AnchorsRole(Role[Partition]):
                 return
             self._judge(time.monotonic() - started)
             self._refreshed += wanted
-        if self.partitions is not partitions:
-            return  # a rebalance came first: the next owners answer
         for waiting, (used, _), anchors in zip(batch, known, answers, strict=True):
+            if self.partitions is not partitions:
+                return  # a rebalance came first: the next owners answer
             request = waiting.request
             partitions[waiting.partition].answered[request.user_id] = (request.ts, request.sequence)
             metrics.ANCHORS_REFRESHED.labels(request.reason).inc()

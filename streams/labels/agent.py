@@ -168,7 +168,7 @@ class LabelsRole(Role[Partition]):
     async def advance(self, number: int, partition: Partition, now: float, idle: set[str]) -> None:
         partition.reached_end |= idle
         for source in idle:
-            if now - partition.last_arrival[source] >= self._idle_timeout:
+            if self.quiet_for(partition, source, now) >= self._idle_timeout:
                 partition.watermark.idle(source)
         if partition.lock.locked():
             return  # the intake is at it, and the tick has other partitions to look at

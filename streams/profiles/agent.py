@@ -130,13 +130,13 @@ class ProfilesRole(Role[Partition]):
         await self._settle(number, partition)
 
     async def advance(self, number: int, partition: Partition, now: float, idle: set[str]) -> None:
-        if SOURCE in idle and now - partition.last_arrival[SOURCE] >= self._idle_timeout:
+        if SOURCE in idle and self.quiet_for(partition, SOURCE, now) >= self._idle_timeout:
             partition.watermark.idle(SOURCE)
         await self._settle(number, partition)
 
     async def _settle(self, number: int, partition: Partition) -> None:
         """Apply the clicks that the watermark has passed and ask for the anchors that are needed."""
-        nothing_due = not partition.waiting or partition.waiting[0].ts > partition.watermark.value()
+        nothing_due = not partition.waiting or partition.waiting[0].ts >= partition.watermark.value()
         if not self.ready() or (nothing_due and not partition.answered):
             return
         async with partition.lock:
@@ -165,6 +165,8 @@ class ProfilesRole(Role[Partition]):
                     partition.profiles[user_id] = after
                     changed.setdefault(user_id, [])
             await asyncio.gather(*(self._ask(number, request) for request in requests))
+            if self.partitions.get(number) is not partition:
+                return  # a rebalance came first: its states are for the next owner to write
             for user_id, offsets in changed.items():
                 await self._write(number, partition, user_id, offsets)
 
@@ -172,7 +174,8 @@ class ProfilesRole(Role[Partition]):
         """Apply clicks in order; the changed users, each with the offsets that its new state covers."""
         changed: dict[str, list[int]] = {}
         watermark = partition.watermark.value()
-        while partition.waiting and partition.waiting[0].ts <= watermark:
+        # One more of just the time of the watermark may come.
+        while partition.waiting and partition.waiting[0].ts < watermark:
             click = heapq.heappop(partition.waiting)
             user_id = click.feedback.user_id
             profile = partition.profiles.get(user_id) or Profile(user_id)

@@ -109,6 +109,7 @@ class Reader(Role[PartitionState]):
         super().__init__(*args)
         self.values: list[bytes] = []
         self.idle: dict[int, set[str]] = {}
+        self.quiet: list[float] = []
 
     def new_partition(self, now: float) -> PartitionState:
         return PartitionState(self._sources.values(), now)
@@ -121,6 +122,7 @@ class Reader(Role[PartitionState]):
 
     async def advance(self, number: int, partition: PartitionState, now: float, idle: set[str]) -> None:
         self.idle[number] = idle
+        self.quiet.append(self.quiet_for(partition, "recalls", now))
 
 
 @pytest.mark.kafka
@@ -151,3 +153,22 @@ async def test_transactions_count_when_committed_and_their_markers_leave_nothing
         while of_state.position(tp) < of_state.end_offsets([tp])[tp]:
             read += [record.value for batch in of_state.poll(500).values() for record in batch]
     assert read == role.values
+
+
+@pytest.mark.kafka
+async def test_a_process_that_stood_still_takes_no_source_for_quiet(kafka_settings: KafkaSettings) -> None:
+    """As after SIGSTOP or a pause of the machine: what came meanwhile is in the log, and not fetched yet."""
+    away = 0.0
+    failures: list[BaseException] = []
+    settings = Settings(kafka=kafka_settings)
+    role = Reader("standstill", ("recalls",), settings, metrics.Health(), failures.append, lambda: time.time() + away)
+    await role.start()
+    try:
+        await until("some quiet", lambda: bool(role.quiet) and role.quiet[-1] > 0.5)
+        role.quiet.clear()
+        away = 3600.0
+        await until("looks after the pause", lambda: len(role.quiet) > 2 * kafka_settings.partitions)
+    finally:
+        await role.stop()
+    assert max(role.quiet) < 3000
+    assert failures == []
