@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 import structlog
+from aiokafka.errors import KafkaError as ConsumerError
 from faust.types import TP
 from kafka import TopicPartition
 from kafka.errors import KafkaError
@@ -391,6 +392,6 @@ class Role(Generic[P]):
             return None
         try:
             position: int | None = await asyncio.wait_for(self.app.consumer.position(tp), WATCH)
-        except (TimeoutError, KafkaError):
-            return None
+        except (TimeoutError, ConsumerError):
+            return None  # or the partition has just gone to somebody else
         return position

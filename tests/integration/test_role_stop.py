@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import pytest
+from aiokafka.errors import IllegalStateError
 from faust.types import TP
 
 from streams import metrics
@@ -26,6 +27,16 @@ class Idle(Role[PartitionState]):
 
     async def advance(self, number: int, partition: PartitionState, now: float, idle: set[str]) -> None:
         pass
+
+
+async def test_the_position_of_a_partition_that_has_just_gone_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    role = Idle("idle", ("recalls",), Settings(), metrics.Health(), lambda error: None)
+
+    async def position(tp: TP) -> int | None:
+        raise IllegalStateError(f"Partition {tp} is not assigned")
+
+    monkeypatch.setattr(role.app.consumer, "position", position)
+    assert await role._position(TP("recalls", 0)) is None
 
 
 @pytest.mark.kafka
