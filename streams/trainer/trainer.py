@@ -339,8 +339,10 @@ class Trainer:
         content, logits = self._catalogue.vectors, {}
         division = None if self._each is None else Division(np.array(ranks, np.int64), self._each)
         # Of earlier batches: what this one teaches must not depend on its own clicks twice.
-        reading = self._evidence.read()
-        weight, sharpness = (reading.weight, reading.sharpness) if self._settings.evidence else (1.0, 1.0)
+        weight = sharpness = 1.0
+        if self._settings.evidence:
+            reading = self._evidence.read()
+            weight, sharpness = reading.weight, reading.sharpness
         for name, learner in self._learners.items():
             exposed_only = learner.loss.scaled(weight).exposed_only  # its step leaves the unexposed pairs out
             if exposed_only:

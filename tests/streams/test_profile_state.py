@@ -41,6 +41,12 @@ def feed(profile: Profile, *positives: Positive) -> Profile:
     return profile
 
 
+def answer(request: AnchorRequest) -> AnchorsInForce:
+    known = [item for item in request.positives if item in AXES]
+    vectors = AXES[known[-1]][None, :] if known else np.zeros((0, 2), np.float32)
+    return AnchorsInForce(request.sequence, request.ts, VERSIONS, vectors)
+
+
 def test_cold_start_asks_at_the_click_that_makes_enough():
     profile, request = step(feed(Profile("u"), positive(1)), None)
     assert request is None
@@ -141,11 +147,6 @@ def test_requests_do_not_depend_on_states_that_a_crash_lost(clicks, seed):
         ts += 1000 * later
         log.append(positive(n, item, ts))
 
-    def answer(request: AnchorRequest) -> AnchorsInForce:
-        known = [item for item in request.positives if item in AXES]
-        vectors = AXES[known[-1]][None, :] if known else np.zeros((0, 2), np.float32)
-        return AnchorsInForce(request.sequence, request.ts, VERSIONS, vectors)
-
     def run(order: random.Random | None) -> tuple[list[AnchorRequest], Profile]:
         profile, in_force, asked, states = Profile("u"), None, {}, [Profile("u")]
         at = 0
@@ -180,11 +181,6 @@ def test_requests_do_not_depend_on_states_that_a_crash_lost(clicks, seed):
 @given(st.lists(st.sampled_from(["east", "north", "unknown"]), min_size=1, max_size=40), st.integers(0, 2**32))
 def test_requests_do_not_depend_on_when_answers_arrive(items, seed):
     """Answered at once, or after any number of further clicks: the same requests."""
-
-    def answer(request: AnchorRequest) -> AnchorsInForce:
-        known = [item for item in request.positives if item in AXES]
-        vectors = AXES[known[-1]][None, :] if known else np.zeros((0, 2), np.float32)
-        return AnchorsInForce(request.sequence, request.ts, VERSIONS, vectors)
 
     def run(delay) -> list[AnchorRequest]:
         profile, in_force, asked = Profile("u"), None, []
