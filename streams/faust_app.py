@@ -8,6 +8,7 @@ So every partition's offsets go through ``OrderedAcks``, which only ever lets th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import tempfile
 from collections import deque
 from collections.abc import Callable
@@ -17,9 +18,11 @@ from typing import Any
 import faust
 import msgspec
 import structlog
+from faust.exceptions import ProducerSendError
 
 from streams import dead_letters, metrics
 from streams.kafka import BATCH_OVERHEAD_BYTES, MAX_REQUEST_BYTES, RecordTooLargeError, check_size
+from streams.lease import Fenced
 from streams.liveness import unique_client_id
 from streams.settings import KafkaSettings
 from streams.topics import full_name
@@ -150,7 +153,8 @@ class Publisher:
     """Sends records and tells when they are acknowledged by all in-sync replicas.
 
     A send that fails for good stops the process through ``on_failure``: nothing after it is acknowledged, so a
-    restart repeats the work and nothing is lost.
+    restart repeats the work and nothing is lost. What is `Fenced` is neither sent nor acknowledged here: its next
+    owner does both.
     """
 
     def __init__(self, app: Any, kafka: KafkaSettings, on_failure: Callable[[BaseException], None]) -> None:
@@ -183,10 +187,17 @@ class Publisher:
         headers: dead_letters.Headers,
         then: Callable[[], None] | None,
         partition: int | None,
-    ) -> None:
+    ) -> asyncio.Future[Any] | None:
         name = full_name(self._kafka, topic)
         # The producer itself: a Faust topic would put a future message and its callbacks in between.
-        future = await self._app.producer.send(name, key, value, partition, None, list(headers))
+        try:
+            future: asyncio.Future[Any] = await self._app.producer.send(
+                name, key, value, partition, None, list(headers)
+            )
+        except ProducerSendError as error:
+            if isinstance(error.__cause__, Fenced):
+                return None
+            raise
         self._pending.add(future)
 
         def acknowledged(result: asyncio.Future[Any]) -> None:
@@ -194,18 +205,23 @@ class Publisher:
             if result.cancelled():
                 return
             error = result.exception()
+            if isinstance(error, Fenced):
+                return
             if error is not None:
                 self._on_failure(error)
             elif then is not None:
                 then()
 
         future.add_done_callback(acknowledged)
+        return future
 
     async def deliver(self, topic: str, key: bytes, value: bytes, partition: int) -> None:
-        """Send and wait until it is acknowledged."""
-        done = asyncio.Event()
-        await self.send(topic, key, value, then=done.set, partition=partition)
-        await done.wait()
+        """Send and wait until it is acknowledged, or until the partition is gone."""
+        check_size(self._kafka, full_name(self._kafka, topic), key, value)
+        future = await self._send(topic, key, value, (), None, partition)
+        if future is not None:
+            with contextlib.suppress(Fenced):
+                await future
 
     async def dead_letter(self, original: dead_letters.Original, error: Exception, then: Callable[[], None]) -> None:
         """Write the record's original bytes and headers to the dead letters, then acknowledge it through ``then``."""

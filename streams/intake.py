@@ -5,13 +5,14 @@ core does 7 to 10 thousand a second. Here the consumer hands over what a fetch b
 the offsets to commit from whoever works on them. Faust keeps what it is good at: the group, rebalances, the consumer's
 own thread with its heartbeats, the committing task, the producer, the life of all these services.
 
-Five of its defects are worked around by the way:
+Six of its defects are worked around by the way:
 
 - ``_new_offset`` commits past a message in flight (a test shows it): ``Intake.committable`` decides instead;
 - a partition without a committed offset is not sought anywhere by ``perform_seek``: here to its beginning;
 - what a fetch brings while a rebalance ends is thrown away, although it came from behind the new seek and the consumer
   has moved past it: ``_Consumer._begun`` waits;
 - its producer is not idempotent, so a retry writes twice what a broker that died had taken: ``_Producer``;
+- its producer goes on when the group has put the process out: ``streams.lease``;
 - a commit carries no metadata: here it carries what the owner of the partition says (as Kafka Streams does with its
   stream time), and the next owner is given it.
 """
@@ -29,6 +30,8 @@ from aiokafka.errors import IllegalStateError, KafkaError
 from aiokafka.structs import OffsetAndMetadata, TopicPartition
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
+
+from streams.lease import Lease, drop_unsent, send_while_held
 
 log = structlog.get_logger()
 
@@ -87,6 +90,7 @@ class _Thread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
 
     async def _seek_with_metadata(self) -> tuple[int, dict[TP, tuple[int | None, str]]]:
         consumer = self._ensure_consumer()
+        await self.transport.lease.keep_by(consumer._coordinator)
         assigned = sorted(consumer.assignment())
         # AIOKafkaConsumer.committed throws the metadata away.
         committed = await consumer._coordinator.fetch_committed_offsets(assigned)
@@ -142,6 +146,10 @@ class _Consumer(driver.Consumer):  # type: ignore[misc]
     async def on_partitions_revoked(self, revoked: set[TP]) -> None:
         # Before Faust flushes its producer: what was sent is durable before another worker reads the partition.
         self._intake.revoked()
+        if not self.transport.lease.held():
+            log.warning("put out of the group: what was not sent yet is for the next owner", group=self.app.conf.id)
+            drop_unsent(self.app.producer._ensure_producer())
+        self.transport.lease.end()
         await super().on_partitions_revoked(revoked)
 
     async def on_partitions_assigned(self, assigned: set[TP], generation_id: int = 0) -> None:
@@ -205,10 +213,16 @@ class _Consumer(driver.Consumer):  # type: ignore[misc]
 
 
 class _Producer(driver.Producer):  # type: ignore[misc]
-    """Faust's producer, whose retries make no doubles. Faust asks for that with its own transactions only."""
+    """Faust's producer, whose retries make no doubles (Faust asks for that with its own transactions only), and which
+    sends for partitions that are its group's to write, or not at all."""
 
     def _settings_extra(self) -> Mapping[str, Any]:
         return {"acks": "all", "enable_idempotence": True}
+
+    def _new_producer(self, transactional_id: str | None = None) -> Any:
+        producer = super()._new_producer(transactional_id)
+        send_while_held(producer, self.transport.lease)
+        return producer
 
 
 class BatchTransport(driver.Transport):  # type: ignore[misc]
@@ -220,6 +234,7 @@ class BatchTransport(driver.Transport):  # type: ignore[misc]
     def __init__(self, urls: Any, app: Any, intake: Intake) -> None:
         super().__init__(urls, app)
         self.intake = intake
+        self.lease = Lease(app.conf.broker_session_timeout)
 
 
 def subscribe(app: Any, topic: Any, intake: Intake) -> None:
