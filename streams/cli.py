@@ -20,6 +20,7 @@ from rich.console import Console
 from streams import contracts
 from streams.bench.command import app as bench_app
 from streams.broker.command import app as broker_app
+from streams.cli_options import ConfigOption
 from streams.data_command import validate
 from streams.demo.command import demo
 from streams.dlq.command import app as dlq_app
@@ -56,8 +57,6 @@ app.command()(capture)
 app.command()(evaluate)
 app.add_typer(datasets_app, name="datasets")
 app.command()(explain)
-
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file; default gpl.toml or GPL_CONFIG.")]
 
 
 @app.command()

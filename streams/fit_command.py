@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from streams.cli_options import ConfigOption
 from streams.settings import load
 
 
@@ -15,7 +16,7 @@ def fit(
     data: Annotated[Path, typer.Argument(help="Directory with items.jsonl and the past's feedback.jsonl.")],
     out: Annotated[Path | None, typer.Option("--out", help="A new directory; default: the setting artefacts.")] = None,
     seed: Annotated[int, typer.Option(help="Of the quantiser and the generator.")] = 0,
-    config: Annotated[Path | None, typer.Option("--config", help="TOML file; default gpl.toml or GPL_CONFIG.")] = None,
+    config: ConfigOption = None,
     publish: Annotated[bool, typer.Option(help="Put the calibration on its topic, in force from the start.")] = False,
 ) -> None:
     """Fit what labelling needs from past items and feedback: space, semantic ids, anchor generator, calibration."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from streams.cli_options import ConfigOption
 from streams.settings import load
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ app = typer.Typer(help="A look inside: a user's anchors and labels, an item, a s
 DataOption = Annotated[Path, typer.Option("--data", help="Directory with items.jsonl and feedback.jsonl.")]
 ArtefactsOption = Annotated[Path | None, typer.Option("--artefacts", help="Default: the setting artefacts.")]
 HtmlOption = Annotated[Path | None, typer.Option("--html", help="Draw it there too, as one page.")]
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file; default gpl.toml or GPL_CONFIG.")]
 
 
 @app.command()

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
 import typer
 from kafka.errors import KafkaError
 from rich.console import Console
 
 from streams import settings, topics
+from streams.cli_options import ConfigOption
 
 app = typer.Typer(no_args_is_help=True, help="Create the Kafka topics, or check those that are there.")
-Config = Annotated[Path | None, typer.Option("--config", help="TOML file; default gpl.toml or GPL_CONFIG.")]
 _out = Console(highlight=False, soft_wrap=True)
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -23,7 +20,7 @@ def _fail(error: Exception) -> typer.Exit:
 
 
 @app.command()
-def create(config: Config = None) -> None:
+def create(config: ConfigOption = None) -> None:
     """Create the topics that are missing; those that exist are left alone and checked."""
     kafka = settings.load(config).kafka
     try:
@@ -37,7 +34,7 @@ def create(config: Config = None) -> None:
 
 
 @app.command()
-def check(config: Config = None) -> None:
+def check(config: ConfigOption = None) -> None:
     """Compare the topics with the settings; exit code 1 with a sentence for each difference."""
     kafka = settings.load(config).kafka
     try:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from streams.bench import generators, stream_command
+from streams.cli_options import ConfigOption
 
 if TYPE_CHECKING:
     from streams.bench.live import Stages
@@ -110,7 +111,7 @@ def freshness(
     window: Annotated[float, typer.Option(min=1, help="Seconds of event time until a request is labelled.")] = 300,
     live: Annotated[bool, typer.Option("--live", help="Also time clicks through a running system.")] = False,
     broker: Annotated[str, typer.Option(help="Of the live run: auto, apache, or host:port.")] = "auto",
-    config: Annotated[Path | None, typer.Option("--config", help="TOML file; default gpl.toml or GPL_CONFIG.")] = None,
+    config: ConfigOption = None,
 ) -> None:
     """The value of a fresh model and of fresh anchors: sync intervals, and refreshes by drift, daily and weekly.
 

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from streams.cli_options import ConfigOption
 from streams.settings import Settings, load
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ DataOption = Annotated[
     Path | None, typer.Option("--data", help="Directory that `gpl datasets convert` wrote; default: MovieLens-100K.")
 ]
 SeedsOption = Annotated[int, typer.Option(min=1, help="Seeds 0 to n - 1.")]
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file; default gpl.toml or GPL_CONFIG.")]
 
 
 def generator(

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from streams import settings
+from streams.cli_options import ConfigOption
 from streams.dlq.letters import Filter, Letter, index, whole
 from streams.dlq.redrive import NowhereError, Plan, execute, plan
 from streams.dlq.render import body, count_table, counts, row, text, time
@@ -30,7 +30,6 @@ _err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
-Config = Annotated[Path | None, typer.Option("--config", help="TOML file; default gpl.toml or GPL_CONFIG.")]
 Topic = Annotated[str | None, typer.Option(help="Only letters from this topic, with or without the prefix.")]
 Reason = Annotated[str | None, typer.Option(help="Only letters with this reason.")]
 Since = Annotated[str | None, typer.Option(help="Only letters written since: ISO 8601 (UTC), or 30m, 12h, 7d ago.")]
@@ -46,7 +45,7 @@ def list_letters(
     until: Until = None,
     limit: Annotated[int, typer.Option(min=0, help="Show the newest so many; 0 shows all.")] = 50,
     as_json: AsJson = False,
-    config: Config = None,
+    config: ConfigOption = None,
 ) -> None:
     """How many dead letters there are, by topic and reason, and the newest of them."""
     kafka = settings.load(config).kafka
@@ -79,7 +78,7 @@ def show(
     ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Ids as `gpl dlq list` prints them.")],
     hexadecimal: Annotated[bool, typer.Option("--hex", help="The value as a hex dump, also where it is JSON.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Only the value's bytes, for a pipe; takes one id.")] = False,
-    config: Config = None,
+    config: ConfigOption = None,
 ) -> None:
     """Headers and bytes of dead letters."""
     kafka = settings.load(config).kafka
@@ -112,7 +111,7 @@ def redrive(
         int, typer.Option(min=1, help="Leave out what has come back so many times already: a loop.")
     ] = 3,
     go: Annotated[bool, typer.Option("--execute", help="Send; without it, only tell what would be sent.")] = False,
-    config: Config = None,
+    config: ConfigOption = None,
 ) -> None:
     """Send the originals back to their topic, partition and key. A preview without --execute."""
     kafka = settings.load(config).kafka

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from streams.cli_options import ConfigOption
 from streams.settings import load
 
 
@@ -19,7 +20,7 @@ def backfill(
     processes: Annotated[int, typer.Option(min=1, help="On this machine.")] = os.cpu_count() or 1,
     ray: Annotated[bool, typer.Option("--ray", help="Workers of Ray instead (extra `ray`).")] = False,
     publish: Annotated[bool, typer.Option("--publish", help="Put anchors and profiles on their topics too.")] = False,
-    config: Annotated[Path | None, typer.Option("--config", help="TOML file; default gpl.toml or GPL_CONFIG.")] = None,
+    config: ConfigOption = None,
 ) -> None:
     """The first anchors, labels and checkpoint from history, by the same joiner, labeller and trainer as the stream.
 

@@ -13,13 +13,13 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from streams.cli_options import ConfigOption
 from streams.settings import Settings, load
 
 if TYPE_CHECKING:  # what replay needs takes a second to import
     from streams.replay.log import Log
     from streams.replay.select import Selection, Wanted
 
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file; default gpl.toml or GPL_CONFIG.")]
 FromOption = Annotated[
     str | None, typer.Option("--from", help="recalls from this event time on: ISO 8601 (UTC) or milliseconds")
 ]

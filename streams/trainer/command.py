@@ -16,6 +16,7 @@ from kafka.errors import KafkaError
 from rich.console import Console
 from rich.table import Column, Table
 
+from streams.cli_options import ConfigOption
 from streams.settings import Settings, load
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ app = typer.Typer(no_args_is_help=True, help="Published models: what there is, w
 _out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
 
-Config = Annotated[Path | None, typer.Option("--config", help="TOML file; default gpl.toml or GPL_CONFIG.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
 Version = Annotated[str, typer.Argument(metavar="VERSION", help="As `gpl models list` names it, or its number.")]
 
@@ -39,7 +39,7 @@ _FIGURES = ("auc", "gauc", "log_loss", "ece", "hr10")
 def list_models(
     limit: Annotated[int, typer.Option(min=0, help="Show the newest so many; 0 shows all.")] = 20,
     as_json: AsJson = False,
-    config: Config = None,
+    config: ConfigOption = None,
 ) -> None:
     """Versions, newest first, which of them serves or is pinned, and what the gate refused last."""
     from streams.models import ModelError
@@ -88,7 +88,7 @@ def list_models(
 
 
 @app.command()
-def show(version: Version, as_json: AsJson = False, config: Config = None) -> None:
+def show(version: Version, as_json: AsJson = False, config: ConfigOption = None) -> None:
     """All that is known of a version, and whether its files are sound."""
     from streams.trainer import versions
 
@@ -120,7 +120,7 @@ def show(version: Version, as_json: AsJson = False, config: Config = None) -> No
 
 
 @app.command()
-def diff(first: Version, second: Version, as_json: AsJson = False, config: Config = None) -> None:
+def diff(first: Version, second: Version, as_json: AsJson = False, config: ConfigOption = None) -> None:
     """What changed from one version to another: figures, ids, weights."""
     from streams.trainer import versions
 
@@ -154,7 +154,7 @@ def diff(first: Version, second: Version, as_json: AsJson = False, config: Confi
 def rollback(
     version: Version,
     pin: Annotated[bool, typer.Option(help="Hold it against what the trainer publishes next.")] = True,
-    config: Config = None,
+    config: ConfigOption = None,
 ) -> None:
     """Put an older version into service by announcing it anew; scorers reload. It stays until `gpl models unpin`."""
     from streams.trainer import versions
@@ -172,7 +172,7 @@ def rollback(
 @app.command()
 def pin(
     version: Annotated[str | None, typer.Argument(metavar="[VERSION]", help="By default the one that serves.")] = None,
-    config: Config = None,
+    config: ConfigOption = None,
 ) -> None:
     """Keep a version in service, whatever the trainer publishes."""
     from streams.trainer import versions
@@ -193,7 +193,7 @@ def pin(
 
 
 @app.command()
-def unpin(config: Config = None) -> None:
+def unpin(config: ConfigOption = None) -> None:
     """Let the trainer announce its models again, from the next one on."""
     _, store = _opened(config)
     with _clear_errors():
@@ -203,7 +203,7 @@ def unpin(config: Config = None) -> None:
 
 
 @app.command()
-def accept(config: Config = None) -> None:
+def accept(config: ConfigOption = None) -> None:
     """Let the next model pass without comparison with the last one: it is the world that has changed, not the feed.
 
     It must still be finite, and trained on enough.
@@ -215,7 +215,7 @@ def accept(config: Config = None) -> None:
 
 
 @app.command()
-def checkpoints(as_json: AsJson = False, config: Config = None) -> None:
+def checkpoints(as_json: AsJson = False, config: ConfigOption = None) -> None:
     """Places from which `gpl train --start-from step-N` can go on."""
     from streams.trainer.checkpoint import CheckpointError, CheckpointStore
 
@@ -250,7 +250,7 @@ def rebuild(
     base: Annotated[int | None, typer.Option(help="Step of a checkpoint to begin with.")] = None,
     from_log: Annotated[bool, typer.Option("--from-log", help="From the log alone; no checkpoint is used.")] = False,
     as_json: AsJson = False,
-    config: Config = None,
+    config: ConfigOption = None,
 ) -> None:
     """Make a version again from the log and the batch journal, and compare bit for bit; exit status 1 if it differs."""
     from streams.models import ModelStore
@@ -297,7 +297,7 @@ def rebuild(
 def export(
     version: Version,
     out: Annotated[Path, typer.Option("--out", help="File of the graph; the ids table is written beside it.")],
-    config: Config = None,
+    config: ConfigOption = None,
 ) -> None:
     """Write a version as an ONNX graph, checked against the network under onnxruntime (extra `onnx`)."""
     from streams import onnx_export
