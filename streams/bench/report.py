@@ -39,10 +39,10 @@ def show(
     """Print tables of it."""
     if runs:
         table = Table(title=f"Backlog: {load.candidates:,} candidates, {load.shown} impressions and a click a request")
-        for column in ("workers", "requests/s", "labels/s", "events/s", "requests/s of processor time", "peak MB"):
+        for column in ("workers", "requests/s", "labels/s", "requests/s of processor time", "peak MB"):
             table.add_column(column, justify="right")
         for run in runs:
-            rates = (run.requests_per_second, run.labels_per_second, run.events_per_second, run.requests_per_cpu_second)
+            rates = (run.requests_per_second, run.labels_per_second, run.requests_per_cpu_second)
             table.add_row(str(run.workers), *(f"{rate:,.0f}" for rate in rates), f"{run.peak_rss_mb:,.0f}")
         console.print(table)
         stages = Table(title="Where the time goes: microseconds a request")

@@ -98,18 +98,13 @@ store_path = "{store}"
 
 @dataclass(frozen=True)
 class Throughput:
-    """Of a backlog. Rates are a second of wall time, over all workers; ``stages``: microseconds a request.
-
-    Events are read ahead of the requests that they close, so their rate is taken from the first one read to the last
-    request: what the whole backlog took.
-    """
+    """Of a backlog. Rates are a second of wall time, over all workers; ``stages``: microseconds a request."""
 
     workers: int
     requests: int
     seconds: float
     requests_per_second: float
     labels_per_second: float
-    events_per_second: float
     requests_per_cpu_second: float
     stages: dict[str, float]
     peak_rss_mb: float
@@ -141,15 +136,12 @@ def _drain(parts: list[Part], requests: int) -> Throughput:
     settled = [row for row in readings if sum(r.closed for r in row[1]) >= SETTLED[0] * requests]
     (t0, first), (t1, last) = settled[0], settled[-1]
     seconds = max(1e-9, t1 - t0)
-    begins = next(n for n, row in enumerate(readings) if any(r.events for r in row[1]))
-    t_read, before = readings[max(0, begins - 1)]
     return Throughput(
         workers=len(parts),
         requests=requests,
         seconds=seconds,
         requests_per_second=worker.rate(first, last, "closed", seconds),
         labels_per_second=worker.rate(first, last, "labels", seconds),
-        events_per_second=worker.rate(before, last, "events", max(1e-9, t1 - t_read)),
         requests_per_cpu_second=worker.per_cpu_second(first, last),
         stages=worker.stages_per_request(first, last),
         peak_rss_mb=max(sum(r.rss for r in row) for _, row in readings) / 2**20,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from streams.demo.processes import Part, Samples
+from streams.demo.processes import Part
 
 STAGES = ("fetch", "decode", "join", "lookup", "match", "encode", "produce")
 
@@ -18,7 +18,6 @@ class Reading:
 
     closed: float
     labels: float
-    events: float
     cpu: float
     rss: int
     stages: dict[str, float]
@@ -39,15 +38,10 @@ def read(part: Part) -> Reading:
     return Reading(
         closed=said.total("gpl_requests_closed_total") or 0.0,
         labels=said.total("gpl_labels_total", kind="unexposed") or 0.0,
-        events=_events(said),
         cpu=_cpu_seconds(part.pid),
         rss=_resident(part.pid),
         stages=stages,
     )
-
-
-def _events(said: Samples) -> float:
-    return sum(said.total("gpl_events_total", topic=topic) or 0.0 for topic in ("recalls", "feedback"))
 
 
 def stages_per_request(first: Sequence[Reading], last: Sequence[Reading]) -> dict[str, float]:
