@@ -498,14 +498,15 @@ def test_start_from_goes_back_and_models_of_both_histories_can_be_made_again(top
     sent = itertools.count()
     total = 0
 
-    def train(count: int, start_from: str = "latest") -> str:
-        """Train on ``count`` more labels; the version published at the end."""
+    def train(count: int, start_from: str = "latest", **changed: object) -> str:
+        """Train on ``count`` more labels, with ``changed`` settings; the version published at the end."""
         nonlocal total
         total += count
         for _ in range(count):
             topics.label(label(next(sent), rng))
         topics.producer.flush()
-        with running(settings, Health(), start_from):
+        own = settings.model_copy(update={"trainer": settings.trainer.model_copy(update=changed)})
+        with running(own, Health(), start_from):
             until(lambda: saved(settings.trainer.checkpoints) == total)
         return decode(ModelUpdate, topics.read("model-updates")[-1].value).version
 
@@ -513,10 +514,12 @@ def test_start_from_goes_back_and_models_of_both_histories_can_be_made_again(top
     middle = store.steps()[-1]
     written_at = store.manifest(middle).written_at
     second = train(40)
+    # As after an upgrade that came with other defaults: a model has a history of both.
+    other = train(20, negatives_weight=0.3, pseudo_weight=1.5, learning_rate=0.005, batch_records=16)
     assert store.steps()[-1] > middle
     third = train(20, f"step-{middle}")
     fourth = train(20, f"before=ts={written_at}")
-    for version in (first, second, third, fourth):
+    for version in (first, second, other, third, fourth):
         made = rebuild(settings, version, frame=FRAME)
         assert (made.differing, made.first_difference) == ([], None), version
     with pytest.raises(RebuildError, match="checkpoint step-"):
