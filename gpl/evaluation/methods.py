@@ -78,6 +78,7 @@ _TAUGHT = {"weight": (1.0, 0.3)}
 _FORM = {"source": ("recalled", "uniform"), "form": ("softmax", "pointwise"), "negatives": (1.0, 3.0, 10.0)}
 _LABELS = {
     "personal": (False, True),
+    "sharpness": ("full", "effect"),
     "weight": (0.0, 0.1, 0.3, 1.0, 3.0, 10.0),
     "form": ("softmax", "pointwise"),
 }
@@ -163,6 +164,7 @@ METHODS: tuple[Method, ...] = (
     _like("no-confidence", "GPL without confidence", "ablation", **_OFF),
     _like("no-centring", "GPL without centring", "ablation", centred=False),
     _like("no-downsampling", "GPL, small LM, popular not thinned", "ablation", generator="small-lm", downsample=False),
+    _like("full-sharp", "GPL, labels as sharp as their anchors' scores", "ablation", sharpness="full"),
     _like("effect-sharp", "GPL, labels as sharp as evidence bears out", "ablation", sharpness="effect"),
     _like("flat-labels", "GPL, labels blind to anchors", "ablation", sharpness="flat"),
     *(_like(f"lambda-{w:g}", f"GPL, lambda {w:g}", "ablation", weight=w) for w in (0.1, 0.3, 1.0, 3.0, 10.0)),
