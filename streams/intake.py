@@ -31,7 +31,7 @@ from aiokafka.structs import OffsetAndMetadata, TopicPartition
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
 
-from streams.lease import Lease, drop_unsent, send_while_held
+from streams.lease import LOOK_AGAIN, Lease, drop_unsent, send_while_held
 
 log = structlog.get_logger()
 
@@ -146,11 +146,15 @@ class _Consumer(driver.Consumer):  # type: ignore[misc]
     async def on_partitions_revoked(self, revoked: set[TP]) -> None:
         # Before Faust flushes its producer: what was sent is durable before another worker reads the partition.
         self._intake.revoked()
-        if not self.transport.lease.held():
-            log.warning("put out of the group: what was not sent yet is for the next owner", group=self.app.conf.id)
-            drop_unsent(self.app.producer._ensure_producer())
+        flushing = asyncio.ensure_future(super().on_partitions_revoked(revoked))
+        try:
+            while not flushing.done():
+                drop_if_put_out(self.app)
+                await asyncio.wait({flushing}, timeout=LOOK_AGAIN)
+        finally:
+            flushing.cancel()
         self.transport.lease.end()
-        await super().on_partitions_revoked(revoked)
+        await flushing
 
     async def on_partitions_assigned(self, assigned: set[TP], generation_id: int = 0) -> None:
         await super().on_partitions_assigned(assigned, generation_id)
@@ -241,6 +245,19 @@ def subscribe(app: Any, topic: Any, intake: Intake) -> None:
     """Let ``app`` (a Faust app) feed ``intake`` with the records of ``topic`` (a Faust topic, of one or more names)."""
     app.transport = BatchTransport(app.conf.broker_consumer, app, intake)
     app.topics.add(topic)
+
+
+def drop_if_put_out(app: Any) -> None:
+    """Where the partitions of ``app`` may be another's already, what was not sent yet is for their owner."""
+    if not app.transport.lease.held() and app.producer._producer is not None:
+        log.warning("put out of the group: what was not sent yet is for the next owner", group=app.conf.id)
+        drop_unsent(app.producer._producer)
+
+
+def send_the_rest(app: Any) -> None:
+    """``app`` stops: what is left is sent whatever comes, or its producer would wait for a group that it has left."""
+    drop_if_put_out(app)
+    app.transport.lease.end(for_good=True)
 
 
 def fetch_seconds(app: Any) -> float:

@@ -10,12 +10,13 @@ wait for the next one, or are dropped with the partitions. A request that is in 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from aiokafka.errors import KafkaError
+from aiokafka.producer.transaction_manager import NO_PRODUCER_EPOCH, NO_PRODUCER_ID, PidAndEpoch
 
 LOOK_AGAIN = 0.05
 """Seconds until records that wait for the lease are looked at again."""
@@ -32,21 +33,23 @@ class Lease:
         self._seconds = seconds
         self._clock = clock
         self._until: float | None = None
+        self._over = False
 
     def held(self) -> bool:
         """Whether what is sent now is sent by the owner. Also while there is nothing to own."""
         until = self._until
-        return until is None or self._clock() < until
+        return until is None or self._over or self._clock() < until
 
-    def end(self) -> None:
-        """Nothing is assigned any more."""
+    def end(self, for_good: bool = False) -> None:
+        """Nothing is assigned any more; ``for_good``: nor will be, whatever heartbeat is still under way."""
         self._until = None
+        self._over = for_good
 
     async def keep_by(self, coordinator: Any) -> None:
-        """From now on each heartbeat of ``coordinator`` (an aiokafka GroupCoordinator) renews the lease; the first one
-        goes out at once."""
+        """From now on each heartbeat of ``coordinator`` (an aiokafka GroupCoordinator) renews the lease, the first one
+        at once, and it ends when the coordinator is told that it is no member."""
         if not hasattr(coordinator, "renews"):
-            heartbeat = coordinator._do_heartbeat
+            heartbeat, reset = coordinator._do_heartbeat, coordinator.reset_generation
 
             async def renewing() -> bool:
                 sent = self._clock()
@@ -55,14 +58,26 @@ class Lease:
                     self._until = sent + self._seconds
                 return member
 
-            coordinator._do_heartbeat, coordinator.renews = renewing, self
-        await coordinator._do_heartbeat()
+            def put_out() -> None:
+                self._lapse()
+                reset()
+
+            coordinator._do_heartbeat, coordinator.reset_generation = renewing, put_out
+            coordinator.renews = self
+        self._until = self._clock()
+        with contextlib.suppress(KafkaError):  # aiokafka's own heartbeats go on, and meet it too
+            await coordinator._do_heartbeat()
+
+    def _lapse(self) -> None:
+        if self._until is not None:
+            self._until = self._clock()
 
 
 def send_while_held(producer: Any, lease: Lease) -> None:
-    """Let ``producer`` (an AIOKafkaProducer that was not started) hand nothing to the network while it is not held."""
+    """Let ``producer`` (an idempotent AIOKafkaProducer, not started) hand nothing to the network while it is not held,
+    and nothing again that `drop_unsent` has met."""
     accumulator = producer._message_accumulator
-    drain = accumulator.drain_by_nodes
+    drain, again = accumulator.drain_by_nodes, accumulator.reenqueue
 
     def drain_if_held(ignore_nodes: Any, muted_partitions: Any = frozenset()) -> Any:
         if lease.held():
@@ -71,22 +86,37 @@ def send_while_held(producer: Any, lease: Lease) -> None:
         asyncio.get_running_loop().call_later(LOOK_AGAIN, accumulator._wakeup, accumulator._waiter_future)
         return nothing
 
-    accumulator.drain_by_nodes = drain_if_held
+    def again_if_wanted(batch: Any) -> None:
+        if hasattr(batch, "fenced"):
+            _fail(batch)
+        else:
+            again(batch)
+
+    accumulator.drain_by_nodes, accumulator.reenqueue = drain_if_held, again_if_wanted
 
 
 def drop_unsent(producer: Any) -> None:
-    """Fail what ``producer`` has not handed to the network, by `Fenced`.
+    """Fail what ``producer`` has not handed to the network, by `Fenced`, and what comes back from there unwritten."""
+    accumulator, transactions = producer._message_accumulator, producer._txn_manager
+    under_way = [batch for batch in accumulator._pending_batches if not hasattr(batch, "fenced")]
+    for batch in under_way:
+        batch.fenced = True
+    numbered = bool(under_way)
+    for waiting in list(accumulator._batches.values()):
+        for batch in waiting:
+            if batch.retry_count:  # under way before: it has left the pending ones, and its end takes it from there
+                accumulator._pending_batches.add(batch)
+                numbered = True
+            _fail(batch)
+    accumulator._batches.clear()
+    if numbered:
+        # The broker would find a gap where numbers were given to what it never gets: a new producer id begins anew.
+        transactions._pid_and_epoch = PidAndEpoch(NO_PRODUCER_ID, NO_PRODUCER_EPOCH)
+        transactions._pid_waiter = asyncio.get_running_loop().create_future()
+        transactions._sequence_numbers.clear()
 
-    What it had, and is to be sent again, has its sequence number already, by which the broker knows it.
-    """
-    batches = producer._message_accumulator._batches
-    for tp, waiting in list(batches.items()):
-        unsent = [batch for batch in waiting if batch.retry_count == 0]
-        if len(unsent) == len(waiting):
-            del batches[tp]
-        else:
-            batches[tp] = deque(batch for batch in waiting if batch.retry_count)
-        for batch in unsent:
-            batch.failure(Fenced())
-            if batch._drain_waiter.done():
-                batch._drain_waiter.exception()  # seen, whether or not a sender waited for room in it
+
+def _fail(batch: Any) -> None:
+    batch.failure(Fenced())
+    if batch._drain_waiter.done() and not batch._drain_waiter.cancelled():
+        batch._drain_waiter.exception()  # seen, whether or not a sender waited for room in it

@@ -178,7 +178,7 @@ class AnchorsRole(Role[Partition]):
             self._judge(time.monotonic() - started)
             self._refreshed += wanted
         for waiting, (used, _), anchors in zip(batch, known, answers, strict=True):
-            if self.partitions is not partitions:
+            if self._stopped or self.partitions is not partitions:
                 return  # a rebalance came first: the next owners answer
             request = waiting.request
             partitions[waiting.partition].answered[request.user_id] = (request.ts, request.sequence)

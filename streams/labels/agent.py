@@ -214,7 +214,7 @@ class LabelsRole(Role[Partition]):
                 self.at_work()
                 for joined in due:
                     await self._publish(number, partition, joined, None, trigger_ms)
-            await self._refuse_late(partition)
+            await self._refuse_late(number, partition)
             repeating = partition.repeats()
             touched, partition.touched = partition.touched, {}
             for request_id, cause in touched.items():
@@ -226,10 +226,12 @@ class LabelsRole(Role[Partition]):
     def _owns(self, number: int, partition: Partition) -> bool:
         return not self._stopped and self.partitions.get(number) is partition
 
-    async def _refuse_late(self, partition: Partition) -> None:
+    async def _refuse_late(self, number: int, partition: Partition) -> None:
         """Recalls that came when all was over: to the dead letters, unless their labels are there."""
         late, partition.over = partition.over, []
         for request_id, original in late:
+            if not self._owns(number, partition):
+                return
             assert partition.published is not None
             done = partial(partition.acks["recalls"].done, original.offset)
             if request_id in partition.published.labels:

@@ -102,8 +102,8 @@ class CatalogueRole(BatchRole):
         index, item_id = self._index, key.decode()
         if index is not None:
             await when_available(lambda: index.delete([item_id]), self._wanted)
-            if not self._wanted():
-                return
+        if not self._wanted():
+            return
         await self.publisher.send("item-vectors", key, None, then=entry.done)
 
     async def _encode_and_publish(self, items: list[tuple[Entry, Item]]) -> None:
@@ -127,9 +127,9 @@ class CatalogueRole(BatchRole):
         if index is not None:
             ids = [item.item_id for _, item in items]
             await when_available(lambda: index.upsert(ids, vectors, sids), self._wanted)
+        for (entry, item), vector, sid in zip(items, vectors, sids, strict=True):
             if not self._wanted():
                 return
-        for (entry, item), vector, sid in zip(items, vectors, sids, strict=True):
             record = ItemVector(
                 item_id=item.item_id,
                 vector=vector_bytes(vector),

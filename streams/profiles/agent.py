@@ -165,9 +165,9 @@ class ProfilesRole(Role[Partition]):
                     partition.profiles[user_id] = after
                     changed.setdefault(user_id, [])
             await asyncio.gather(*(self._ask(number, request) for request in requests))
-            if self.partitions.get(number) is not partition:
-                return  # a rebalance came first: its states are for the next owner to write
             for user_id, offsets in changed.items():
+                if self.partitions.get(number) is not partition:
+                    return  # a rebalance came first: the states are for the next owner to write
                 await self._write(number, partition, user_id, offsets)
 
     def _apply_due(self, partition: Partition) -> dict[str, list[int]]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 from aiokafka import AIOKafkaProducer
+from aiokafka.errors import NodeNotReadyError
 from kafka import TopicPartition
 
 from streams.kafka import consumer
@@ -27,6 +28,9 @@ class Group:
     async def _do_heartbeat(self) -> bool:
         self._during()
         return self._answers.pop(0)
+
+    def reset_generation(self) -> None:
+        """As aiokafka does when the coordinator says that this is no member."""
 
 
 class Clock:
@@ -62,13 +66,22 @@ async def test_a_lease_counts_from_when_an_answered_heartbeat_was_sent() -> None
     assert not lease.held(), "refused"
     await lease.keep_by(group)  # a second assignment by the same coordinator
     assert lease.held() and group._answers == []
-    clock.now += SESSION
+    group.reset_generation()
+    assert not lease.held(), "put out before its time"
     lease.end()
     assert lease.held()
+    await lease.keep_by(Group(False))
+    assert not lease.held(), "assigned, but not known to be a member any more"
+    lease.end(for_good=True)
+    await lease.keep_by(Group(True))
+    clock.now += SESSION
+    assert lease.held(), "the process stops: there is nothing to wait for"
 
 
 @pytest.mark.kafka
-async def test_records_wait_for_the_lease_and_are_dropped_when_it_is_lost(kafka_settings: KafkaSettings) -> None:
+async def test_records_wait_for_the_lease_and_are_dropped_when_it_is_lost(
+    kafka_settings: KafkaSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = Clock()
     lease, topic = Lease(SESSION, clock), full_name(kafka_settings, "labels")
     producer = AIOKafkaProducer(
@@ -99,6 +112,31 @@ async def test_records_wait_for_the_lease_and_are_dropped_when_it_is_lost(kafka_
         await asyncio.wait_for(producer.flush(), 30)
         # The broker finds no gap.
         await producer.send_and_wait(topic, b"later", partition=0)
+        # One that was under way, comes back unwritten, and waits for the lease: it has its number already.
+        await lease.keep_by(Group(True))
+        refused = asyncio.Event()
+        write = producer.client.send
+
+        async def refuse(*_: object, **__: object) -> None:
+            refused.set()
+            raise NodeNotReadyError
+
+        monkeypatch.setattr(producer.client, "send", refuse)
+        numbered = await producer.send(topic, b"numbered", partition=0)
+        await asyncio.wait_for(refused.wait(), 30)
+        clock.now += SESSION
+        await asyncio.wait_for(clock.looked_at(5), 30)
+        monkeypatch.setattr(producer.client, "send", write)
+        behind = asyncio.ensure_future(producer.send(topic, b"behind it", partition=0))
+        await asyncio.wait_for(clock.looked_at(5), 30)
+        assert not numbered.done() and not behind.done()
+        drop_unsent(producer)
+        for dropped in (numbered, behind):
+            with pytest.raises(Fenced):
+                await asyncio.wait_for(dropped, 30)
+        await asyncio.wait_for(producer.flush(), 30)
+        await lease.keep_by(Group(True))
+        await asyncio.wait_for(producer.send_and_wait(topic, b"last", partition=0), 30)
     finally:
         await producer.stop()
     with consumer(kafka_settings) as reader:
@@ -108,4 +146,4 @@ async def test_records_wait_for_the_lease_and_are_dropped_when_it_is_lost(kafka_
         read: list[bytes] = []
         while reader.position(tp) < reader.end_offsets([tp])[tp]:
             read += [record.value for batch in reader.poll(500).values() for record in batch]
-    assert read == [b"owned", b"waits", b"later"]
+    assert read == [b"owned", b"waits", b"later", b"last"]

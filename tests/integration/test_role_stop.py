@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 from aiokafka.errors import IllegalStateError
 from faust.types import TP
+from kafka import TopicPartition
 
 from streams import metrics
+from streams import role as role_module
+from streams.kafka import consumer
 from streams.role import PartitionState, Role
 from streams.settings import KafkaSettings, Settings
+from streams.topics import full_name
 
 
 class Idle(Role[PartitionState]):
@@ -63,3 +67,25 @@ async def test_a_stop_does_not_wait_for_a_consumer_that_has_stopped(
     await asyncio.wait_for(asked.wait(), 60)
     await asyncio.wait_for(role.stop(), 60)
     assert failures == []
+
+
+@pytest.mark.kafka
+async def test_a_stop_does_not_wait_for_a_group_that_has_put_the_role_out(
+    kafka_settings: KafkaSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(role_module, "FLUSH", 0.5)
+    failures: list[BaseException] = []
+    role = Idle("out", ("recalls",), Settings(kafka=kafka_settings), metrics.Health(), failures.append)
+    await role.start()
+    deadline = time.monotonic() + 60
+    while not role.partitions:
+        assert time.monotonic() < deadline, "no partitions"
+        await asyncio.sleep(0.05)
+    lease, acknowledged = role.app.transport.lease, asyncio.Event()
+    monkeypatch.setattr(lease, "held", lambda: lease._over)  # whatever heartbeats say
+    await role.publisher.send("labels", b"user", b"unsent", then=acknowledged.set, partition=0)
+    await asyncio.wait_for(role.stop(), 60)
+    assert failures == [] and not acknowledged.is_set()
+    with consumer(kafka_settings) as reader:
+        tp = TopicPartition(full_name(kafka_settings, "labels"), 0)
+        assert reader.end_offsets([tp])[tp] == 0
