@@ -208,11 +208,12 @@ class _Consumer(driver.Consumer):  # type: ignore[misc]
         return offset > self._known_committed.get(tp, -1)
 
     async def _commit(self, offsets: Mapping[TP, int]) -> bool:
-        # Metadata as of now: newer than the offsets is right too, since it is about what is done.
-        metadata = {tp: found[1] for tp in offsets if (found := self._intake.committable(tp)) is not None}
-        done: bool = await self._thread.commit({tp: (offset, metadata.get(tp, "")) for tp, offset in offsets.items()})
+        # Metadata as of now: newer than the offsets is right too, since it is about what is done. Partitions that have
+        # gone while Faust flushed have none to give: their next owner is to find what was committed last.
+        known = {tp: found[1] for tp in offsets if (found := self._intake.committable(tp)) is not None}
+        done: bool = await self._thread.commit({tp: (offsets[tp], metadata) for tp, metadata in known.items()})
         if done:
-            self._known_committed.update(offsets)
+            self._known_committed.update({tp: offsets[tp] for tp in known})
         return done
 
 

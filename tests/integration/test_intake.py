@@ -172,3 +172,24 @@ async def test_a_process_that_stood_still_takes_no_source_for_quiet(kafka_settin
         await role.stop()
     assert max(role.quiet) < 3000
     assert failures == []
+
+
+async def test_what_has_gone_while_a_commit_waited_is_not_committed_without_its_metadata(
+    kafka_settings: KafkaSettings,
+) -> None:
+    app, taken = make_app(kafka_settings, "commit-test"), Taken()
+    subscribe(app, raw_topic(app, kafka_settings, "recalls"), taken)
+    own, gone = TP("recalls", 0), TP("recalls", 1)
+    committed: list[Mapping[TP, tuple[int, str]]] = []
+
+    class Thread:
+        async def commit(self, offsets: Mapping[TP, tuple[int, str]]) -> bool:
+            committed.append(offsets)
+            return True
+
+    consumer = app.consumer
+    consumer._thread = Thread()
+    taken.committable = lambda tp: (7, "as of 5") if tp == own else None  # type: ignore[method-assign]
+    assert await consumer._commit({own: 7, gone: 9})
+    assert committed == [{own: (7, "as of 5")}]
+    assert consumer._should_commit(gone, 9) and not consumer._should_commit(own, 7)
