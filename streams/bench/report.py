@@ -56,13 +56,21 @@ def show(
         console.print(stages)
     if delays:
         table = Table(title="Steady rate, one worker: from the record that closes a request to its label in the log")
-        for column in ("requests/s", "labels", "p50 ms", "p95 ms", "p99 ms", "peak MB", "MB a minute"):
+        for column in (
+            "requests/s",
+            "of processor time",
+            "labels",
+            "p50 ms",
+            "p95 ms",
+            "p99 ms",
+            "peak MB",
+            "MB a minute",
+        ):
             table.add_column(column, justify="right")
         for delay in delays:
             times = (f"{value:,.0f}" for value in (delay.p50_ms, delay.p95_ms, delay.p99_ms, delay.peak_rss_mb))
-            table.add_row(
-                f"{delay.requests_per_second:,.0f}", f"{delay.labels:,}", *times, f"{delay.slope_mb_per_minute:+.2f}"
-            )
+            said = (f"{rate:,.0f}" for rate in (delay.requests_per_second, delay.requests_per_cpu_second))
+            table.add_row(*said, f"{delay.labels:,}", *times, f"{delay.slope_mb_per_minute:+.2f}")
         console.print(table)
     console.print(
         f"The limit, gather and product of a request alone on one thread: {limit['gather_and_product']:,.0f} us "

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from kafka import KafkaAdminClient, TopicPartition
 from kafka.admin import ConfigResource, ConfigResourceType
+from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from streams import topics
 from streams.bench import worker
-from streams.bench.worker import Reading
-from streams.bench.workload import Load, Workload, send_requests
+from streams.bench.workload import Load, Workload, send
 from streams.contracts import Recall, encode
 from streams.demo.processes import Part
 from streams.kafka import client_options, consumer, producer
@@ -31,8 +31,14 @@ from streams.topics import full_name
 Say = Callable[[str], None]
 WINDOW, LATENESS, RETENTION, IDLE = 20, 2, 20, 3
 """Seconds: short, so that a run of a minute sees requests open, close and go."""
-SETTLED = (0.15, 0.9)
-"""Part of a backlog over which throughput is taken: after the first fetches, before the last."""
+CLOSES_AFTER_MS = (WINDOW + LATENESS) * 1000
+STEP_MS = 10
+"""Event time from a request of a backlog to the next."""
+LISTS = 1_000
+"""Lists of candidates that a steady run sends in turn; together they are many times what a processor caches."""
+HOUR_MS = 3_600_000
+WARM = 2_000
+"""Requests before a backlog, in which a worker fetches the vectors of nearly all items from its index."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,8 @@ store_path = "{store}"
 
 @dataclass(frozen=True)
 class Throughput:
-    """Of a backlog. Rates are a second of wall time, over all workers; ``stages``: microseconds a request."""
+    """Of a backlog, from its first record sent to its last label. Rates are a second of wall time, over all workers;
+    ``stages``: microseconds a request."""
 
     workers: int
     requests: int
@@ -111,31 +118,17 @@ class Throughput:
 
 
 def throughput(bench: Bench, name: str, workers: int, requests: int, say: Say) -> Throughput:
-    """Produce a backlog, start the workers, and take their rate while they work it off."""
-    kafka = bench.own_topics(name)
-    workload = Workload(bench.load, bench.artefacts)
-    say(f"{name}: catalogue of {bench.load.items:,} items, {bench.load.users:,} users with anchors")
-    workload.publish_state(kafka)
-    start = int(time.time() * 1000) - requests * 10
-    say(f"{name}: a backlog of {requests:,} requests of {bench.load.candidates:,} candidates")
-    send_requests(kafka, workload.requests(start, 10, requests))
-    with bench.workers(kafka, name, workers) as parts:
-        return _drain(parts, requests)
-
-
-def _drain(parts: list[Part], requests: int) -> Throughput:
-    readings: list[tuple[float, list[Reading]]] = []
-    while True:
-        for part in parts:
-            part.check()
-        readings.append((time.monotonic(), [worker.read(part) for part in parts]))
-        closed = sum(reading.closed for reading in readings[-1][1])
-        if closed >= SETTLED[1] * requests:
-            break
-        time.sleep(0.25)
-    settled = [row for row in readings if sum(r.closed for r in row[1]) >= SETTLED[0] * requests]
-    (t0, first), (t1, last) = settled[0], settled[-1]
-    seconds = max(1e-9, t1 - t0)
+    """Start the workers, warm them up, hand them a backlog, and take their rate from then until all is labelled."""
+    with _warm(bench, name, workers, say) as (kafka, workload, parts):
+        settled = WARM + kafka.partitions
+        backlog = workload.closed(
+            int(time.time() * 1000) - HOUR_MS, STEP_MS, requests, CLOSES_AFTER_MS, kafka.partitions, settled
+        )
+        say(f"{name}: a backlog of {requests:,} requests of {bench.load.candidates:,} candidates")
+        first, began = [worker.read(part) for part in parts], time.monotonic()
+        send(kafka, backlog)
+        peak = _until_closed(parts, settled + requests)
+        last, seconds = [worker.read(part) for part in parts], time.monotonic() - began
     return Throughput(
         workers=len(parts),
         requests=requests,
@@ -144,73 +137,118 @@ def _drain(parts: list[Part], requests: int) -> Throughput:
         labels_per_second=worker.rate(first, last, "labels", seconds),
         requests_per_cpu_second=worker.per_cpu_second(first, last),
         stages=worker.stages_per_request(first, last),
-        peak_rss_mb=max(sum(r.rss for r in row) for _, row in readings) / 2**20,
+        peak_rss_mb=peak / 2**20,
     )
+
+
+@contextmanager
+def _warm(bench: Bench, name: str, workers: int, say: Say) -> Iterator[tuple[KafkaSettings, Workload, list[Part]]]:
+    """Workers that have labelled ``WARM`` requests of two hours ago, and one a partition that closed those."""
+    kafka = bench.own_topics(name)
+    workload = Workload(bench.load, bench.artefacts)
+    say(f"{name}: catalogue of {bench.load.items:,} items, {bench.load.users:,} users with anchors")
+    workload.publish_state(kafka)
+    warm = workload.closed(int(time.time() * 1000) - 2 * HOUR_MS, STEP_MS, WARM, CLOSES_AFTER_MS, kafka.partitions)
+    with bench.workers(kafka, name, workers) as parts:
+        say(f"{name}: {WARM:,} requests to warm up")
+        send(kafka, warm)
+        _until_closed(parts, WARM + kafka.partitions)
+        yield kafka, workload, parts
+
+
+def _until_closed(parts: list[Part], requests: int) -> float:
+    """Wait until the workers have closed so many requests since their start; the most bytes they held meanwhile."""
+    peak = 0.0
+    while True:
+        for part in parts:
+            part.check()
+        readings = [worker.read(part) for part in parts]
+        peak = max(peak, sum(reading.rss for reading in readings))
+        if sum(reading.closed for reading in readings) >= requests:
+            return peak
+        time.sleep(0.1)
 
 
 @dataclass(frozen=True)
 class Delay:
     """Of labels at a steady rate: from the Kafka time of the record that closed a request to the broker's append of
-    its label, in milliseconds. ``memory``: (minute, resident MB, requests held)."""
+    its label, in milliseconds. ``by_minute``: (minute, median, p99); ``memory``: (minute, resident MB, requests held).
+    """
 
     requests_per_second: float
     labels: int
     p50_ms: float
     p95_ms: float
     p99_ms: float
+    requests_per_cpu_second: float
     peak_rss_mb: float
     slope_mb_per_minute: float
+    by_minute: list[tuple[int, float, float]] = field(default_factory=list)
     memory: list[tuple[float, float, float]] = field(default_factory=list)
 
 
 def steady(bench: Bench, name: str, rate: float, seconds: float, say: Say) -> Delay:
     """Send requests at a rate, event time being wall time, to one worker, and take its delays and its memory."""
-    kafka = bench.own_topics(name)
-    workload = Workload(bench.load, bench.artefacts)
-    workload.publish_state(kafka)
     memory: list[tuple[float, float, float]] = []
-    with bench.workers(kafka, name, 1) as (part,):
+    with _warm(bench, name, 1, say) as (kafka, workload, (part,)):
         say(f"{name}: {rate:.0f} requests/s for {seconds / 60:.1f} minutes")
-        began, failed = time.monotonic(), []
+        first, began, failed = None, time.monotonic(), []
+        began_ms = time.time() * 1000
 
-        def send() -> None:
+        def send_all() -> None:
             try:
-                _send_paced(kafka, workload, rate, seconds)
+                _send_paced(kafka, workload, rate, seconds, WARM + kafka.partitions)
             except Exception as error:
                 failed.append(error)
 
-        sender = threading.Thread(target=send, daemon=True)
+        sender = threading.Thread(target=send_all, daemon=True)
         sender.start()
         while sender.is_alive():
             sender.join(min(5.0, seconds / 20))
             part.check()
             said = part.metrics().total("gpl_retained_requests") or 0.0
-            memory.append(((time.monotonic() - began) / 60, worker.read(part).rss / 2**20, said))
+            last, elapsed = worker.read(part), time.monotonic() - began
+            memory.append((elapsed / 60, last.rss / 2**20, said))
+            if first is None and elapsed > WINDOW + LATENESS:
+                first = last
         if failed:
             raise failed[0]
+        ended_ms = time.time() * 1000
         time.sleep(WINDOW / 10)
-    # The first window has nothing to close, and the last requests are closed by the idle timeout.
-    delays = _delays(kafka, int(rate * (WINDOW + LATENESS)))
-    p50, p95, p99 = np.percentile(delays, (50, 95, 99)) if len(delays) else (np.nan,) * 3
+    # The first window has nothing to close, and the last requests are closed by the idle timeout, not by a record.
+    delays = _delays(kafka)
+    delays = delays[(delays[:, 0] >= began_ms + CLOSES_AFTER_MS) & (delays[:, 0] < ended_ms)]
+    p50, p95, p99 = np.percentile(delays[:, 1], (50, 95, 99)) if len(delays) else (np.nan,) * 3
     return Delay(
-        rate, len(delays), float(p50), float(p95), float(p99), max(m[1] for m in memory), _slope(memory), memory
+        requests_per_second=rate,
+        labels=len(delays),
+        p50_ms=float(p50),
+        p95_ms=float(p95),
+        p99_ms=float(p99),
+        requests_per_cpu_second=worker.per_cpu_second([first or last], [last]),
+        peak_rss_mb=max(m[1] for m in memory),
+        slope_mb_per_minute=_slope(memory),
+        by_minute=_by_minute(delays, began_ms),
+        memory=memory,
     )
 
 
-def _send_paced(kafka: KafkaSettings, workload: Workload, rate: float, seconds: float) -> None:
+def _send_paced(kafka: KafkaSettings, workload: Workload, rate: float, seconds: float, first: int) -> None:
+    # Drawn beforehand: who sends shares the machine with the worker and the broker.
+    lists = [workload.candidates() for _ in range(LISTS)]
     with producer(kafka) as out:
         began = time.monotonic()
         for n in range(int(rate * seconds)):
             wait = began + n / rate - time.monotonic()
             if wait > 0:
                 time.sleep(wait)
-            (records,) = workload.requests(int(time.time() * 1000), 0, 1, first=n)
-            for record in records:
+            for record in workload.request(first + n, int(time.time() * 1000), lists[n % LISTS]):
                 topic = "recalls" if isinstance(record, Recall) else "feedback"
                 out.send(full_name(kafka, topic), key=record.user_id.encode(), value=encode(record))
 
 
-def _delays(kafka: KafkaSettings, skip: int) -> Any:
+def _delays(kafka: KafkaSettings) -> NDArray[np.float64]:
+    """Of every label: when it was appended and how long after the record that closed its request, in milliseconds."""
     reader = consumer(kafka)
     name = full_name(kafka, "labels")
     delays: list[tuple[int, int]] = []
@@ -226,9 +264,16 @@ def _delays(kafka: KafkaSettings, skip: int) -> Any:
                     delays.append((record.timestamp, record.timestamp - closed_at))
     finally:
         reader.close()
-    delays.sort()
-    # The last window's requests are closed by the idle timeout, not by a record.
-    return np.array([delay for _, delay in delays[skip : max(skip, len(delays) - skip)]], dtype=np.float64)
+    return np.array(delays, dtype=np.float64).reshape(-1, 2)
+
+
+def _by_minute(delays: NDArray[np.float64], began_ms: float) -> list[tuple[int, float, float]]:
+    minutes = ((delays[:, 0] - began_ms) // 60_000).astype(int)
+    rows = []
+    for minute in np.unique(minutes):
+        p50, p99 = np.percentile(delays[minutes == minute, 1], (50, 99))
+        rows.append((int(minute), float(p50), float(p99)))
+    return rows
 
 
 def _slope(memory: list[tuple[float, float, float]]) -> float:

@@ -22,6 +22,9 @@ from streams.settings import KafkaSettings
 from streams.topics import full_name
 from streams.views import vector_bytes
 
+Sent = tuple[str, bytes, bytes, int | None]
+"""Topic, key, value and partition (None: the key's) of a record, ready to be produced."""
+
 FITTED_ITEMS = 2_000
 """Items that space and quantiser are fitted on; those of the catalogue are drawn in the same space."""
 
@@ -88,20 +91,32 @@ class Workload:
             calibration = Calibration("bench", 0, "platt", 5.0, -3.0, 1_000)
             out.send(full_name(kafka, "calibrations"), key=b"platt", value=encode(calibration))
 
-    def requests(self, start_ms: int, step_ms: float, count: int, first: int = 0) -> Iterator[list[Recall | Feedback]]:
-        """Each request with its feedback, ``step_ms`` of event time apart; ids count on from ``first``."""
-        load = self.load
-        for n in range(first, first + count):
-            ts = start_ms + int((n - first) * step_ms)
-            user = f"user-{self._rng.integers(load.users)}"
-            candidates = [f"item-{row}" for row in self._candidates()]
-            records: list[Recall | Feedback] = [Recall(f"r{n}", user, ts, candidates)]
-            for k, item in enumerate(candidates[: load.shown]):
-                records.append(Feedback(f"e{n}-{k}", user, item, ts + 1 + k, "impression", f"r{n}", k))
-            records.append(Feedback(f"c{n}", user, candidates[0], ts + 2 + load.shown, "click", f"r{n}", 0))
-            yield records
+    def request(self, n: int, ts: int, candidates: list[str]) -> list[Recall | Feedback]:
+        """The ``n``-th request, of a random user at ``ts``, with its feedback."""
+        user, shown = f"user-{self._rng.integers(self.load.users)}", candidates[: self.load.shown]
+        impressions = [
+            Feedback(f"e{n}-{k}", user, item, ts + 1 + k, "impression", f"r{n}", k) for k, item in enumerate(shown)
+        ]
+        click = Feedback(f"c{n}", user, candidates[0], ts + 2 + len(shown), "click", f"r{n}", 0)
+        return [Recall(f"r{n}", user, ts, candidates), *impressions, click]
 
-    def _candidates(self) -> NDArray[np.int64]:
+    def requests(self, start_ms: int, step_ms: float, count: int, first: int = 0) -> Iterator[list[Recall | Feedback]]:
+        """Requests ``step_ms`` of event time apart; ids count on from ``first``."""
+        for n in range(count):
+            yield self.request(first + n, start_ms + int(n * step_ms), self.candidates())
+
+    def closed(
+        self, start_ms: int, step_ms: int, count: int, pause_ms: int, partitions: int, first: int = 0
+    ) -> list[Sent]:
+        """`requests`, and ``pause_ms`` after the last one a request in each partition, before which all can close."""
+        sent = [_sent(record) for records in self.requests(start_ms, step_ms, count, first) for record in records]
+        end_ms = start_ms + count * step_ms + pause_ms
+        for partition, records in enumerate(self.requests(end_ms, 0, partitions, first + count)):
+            sent += [_sent(record, partition) for record in records]
+        return sent
+
+    def candidates(self) -> list[str]:
+        """Ids of what was recalled, drawn anew."""
         load = self.load
         drawn = np.empty(0, np.int64)
         while len(drawn) < load.candidates:
@@ -110,19 +125,19 @@ class Workload:
             both = np.stack([np.minimum(popular, load.items - 1), uniform], axis=1).ravel()
             _, first = np.unique(np.concatenate([drawn, both]), return_index=True)
             drawn = np.concatenate([drawn, both])[np.sort(first)]
-        return drawn[: load.candidates]
+        return [f"item-{row}" for row in drawn[: load.candidates].tolist()]
 
 
-def send_requests(kafka: KafkaSettings, requests: Iterator[list[Recall | Feedback]]) -> int:
-    """Produce all of it as fast as it goes; the number of records."""
-    sent = 0
+def send(kafka: KafkaSettings, records: list[Sent]) -> None:
+    """Produce all of it as fast as it goes."""
     with producer(kafka, linger_ms=20, batch_size=2**18) as out:
-        for records in requests:
-            for record in records:
-                topic = "recalls" if isinstance(record, Recall) else "feedback"
-                out.send(full_name(kafka, topic), key=record.user_id.encode(), value=encode(record))
-                sent += 1
-    return sent
+        for topic, key, value, partition in records:
+            out.send(full_name(kafka, topic), key=key, value=value, partition=partition)
+
+
+def _sent(record: Recall | Feedback, partition: int | None = None) -> Sent:
+    topic = "recalls" if isinstance(record, Recall) else "feedback"
+    return topic, record.user_id.encode(), encode(record), partition
 
 
 def _unit(rng: np.random.Generator, rows: int, dim: int) -> NDArray[np.float32]:
