@@ -171,13 +171,14 @@ class Publisher:
         headers: dead_letters.Headers = (),
         then: Callable[[], None] | None = None,
         partition: int | None = None,
-    ) -> None:
+    ) -> asyncio.Future[Any] | None:
         """Send; call ``then`` once acknowledged. Raises RecordTooLargeError at once for a record over the cap.
 
         ``partition``: records of a user stay in the partition their input came from, whatever hashed it there.
+        Returns the future of the acknowledgement, None where the partition is gone.
         """
         check_size(self._kafka, full_name(self._kafka, topic), key, value)
-        await self._send(topic, key, value, headers, then, partition)
+        return await self._send(topic, key, value, headers, then, partition)
 
     async def _send(
         self,
@@ -217,8 +218,7 @@ class Publisher:
 
     async def deliver(self, topic: str, key: bytes, value: bytes, partition: int) -> None:
         """Send and wait until it is acknowledged, or until the partition is gone."""
-        check_size(self._kafka, full_name(self._kafka, topic), key, value)
-        future = await self._send(topic, key, value, (), None, partition)
+        future = await self.send(topic, key, value, partition=partition)
         if future is not None:
             with contextlib.suppress(Fenced):
                 await future

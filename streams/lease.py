@@ -59,7 +59,8 @@ class Lease:
                 return member
 
             def put_out() -> None:
-                self._lapse()
+                if self._until is not None:
+                    self._until = self._clock()
                 reset()
 
             coordinator._do_heartbeat, coordinator.reset_generation = renewing, put_out
@@ -67,10 +68,6 @@ class Lease:
         self._until = self._clock()
         with contextlib.suppress(KafkaError):  # aiokafka's own heartbeats go on, and meet it too
             await coordinator._do_heartbeat()
-
-    def _lapse(self) -> None:
-        if self._until is not None:
-            self._until = self._clock()
 
 
 def send_while_held(producer: Any, lease: Lease) -> None:
@@ -102,7 +99,7 @@ def drop_unsent(producer: Any) -> None:
     for batch in under_way:
         batch.fenced = True
     numbered = bool(under_way)
-    for waiting in list(accumulator._batches.values()):
+    for waiting in accumulator._batches.values():
         for batch in waiting:
             if batch.retry_count:  # under way before: it has left the pending ones, and its end takes it from there
                 accumulator._pending_batches.add(batch)

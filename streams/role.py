@@ -165,6 +165,10 @@ class Role(Generic[P]):
         else:
             done()
 
+    def owns(self, number: int, partition: P) -> bool:
+        """Whether ``partition`` is still this worker's to write for: to be asked before a send after an await."""
+        return not self._stopped and self.partitions.get(number) is partition
+
     def halt(self, why: Halted) -> None:
         """Work no more and say so. What is unacknowledged is read again after a restart, so nothing is lost."""
         if not self.halted:

@@ -144,7 +144,7 @@ class LabelsRole(Role[Partition]):
     async def taken(self, number: int, partition: Partition, source: str, newest_kafka_ms: int) -> None:
         partition.read_to_ms[source] = newest_kafka_ms
         over = self._backpressure.apply(self.partitions)
-        while over and not self.ready() and self._owns(number, partition):
+        while over and not self.ready() and self.owns(number, partition):
             await asyncio.sleep(0.05)  # nothing can close yet, so nothing more is read
         await self._settle(number, partition, newest_kafka_ms)
 
@@ -205,7 +205,7 @@ class LabelsRole(Role[Partition]):
         async with partition.lock:
             self._slice_began = time.monotonic()
             joiner, full = partition.joiner, True
-            while full and rounds != 0 and self._owns(number, partition):
+            while full and rounds != 0 and self.owns(number, partition):
                 rounds = None if rounds is None else rounds - 1
                 began = time.thread_time()
                 due = joiner.close(partition.watermark.value(), CLOSE_AT_ONCE)
@@ -220,17 +220,14 @@ class LabelsRole(Role[Partition]):
             for request_id, cause in touched.items():
                 await self._publish(number, partition, joiner.rejoin(request_id), cause, trigger_ms)
             # Nothing is over while something is still due: its feedback would go with it.
-            if not (full or repeating) and self._owns(number, partition):
+            if not (full or repeating) and self.owns(number, partition):
                 self._forget(partition)
-
-    def _owns(self, number: int, partition: Partition) -> bool:
-        return not self._stopped and self.partitions.get(number) is partition
 
     async def _refuse_late(self, number: int, partition: Partition) -> None:
         """Recalls that came when all was over: to the dead letters, unless their labels are there."""
         late, partition.over = partition.over, []
         for request_id, original in late:
-            if not self._owns(number, partition):
+            if not self.owns(number, partition):
                 return
             assert partition.published is not None
             done = partial(partition.acks["recalls"].done, original.offset)
@@ -278,7 +275,7 @@ class LabelsRole(Role[Partition]):
         assert said is not None
         if self._have is not None:
             ids = [*joined.exposed, *recall.candidates]
-            if not await self._have(ids, lambda: self._owns(number, partition)):
+            if not await self._have(ids, lambda: self.owns(number, partition)):
                 return
         anchors = self._anchors.at(recall.user_id, recall.ts)
         calibration = self.calibrations.at(recall.ts)
@@ -306,7 +303,7 @@ class LabelsRole(Role[Partition]):
             await self._too_large(number, partition, joined, error)
             return
         # Between here and the send there is no await: a partition that is gone gets nothing from this worker.
-        if not self._owns(number, partition):
+        if not self.owns(number, partition):
             return
         said.labels[recall.request_id] = (label.revision, mark)
         confirmed = partition.sending()

@@ -140,7 +140,7 @@ class ProfilesRole(Role[Partition]):
         if not self.ready() or (nothing_due and not partition.answered):
             return
         async with partition.lock:
-            if self.partitions.get(number) is not partition:
+            if not self.owns(number, partition):
                 return
             changed = self._apply_due(partition)
             users, partition.answered = partition.answered | changed.keys(), set()
@@ -166,7 +166,7 @@ class ProfilesRole(Role[Partition]):
                     changed.setdefault(user_id, [])
             await asyncio.gather(*(self._ask(number, request) for request in requests))
             for user_id, offsets in changed.items():
-                if self.partitions.get(number) is not partition:
+                if not self.owns(number, partition):
                     return  # a rebalance came first: the states are for the next owner to write
                 await self._write(number, partition, user_id, offsets)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -40,6 +41,14 @@ def wait_for(what: str, condition: Callable[[], T | None], timeout: float = 240.
             return value
         time.sleep(0.1)
     raise AssertionError(f"{what}: not within {timeout:.0f} s")
+
+
+async def until(what: str, holds: Callable[[], bool], timeout: float = 60.0) -> None:
+    """Let the event loop run until ``holds``; fails naming ``what`` when it does not."""
+    deadline = time.monotonic() + timeout
+    while not holds():
+        assert time.monotonic() < deadline, f"{what}: not within {timeout:.0f} s"
+        await asyncio.sleep(0.02)
 
 
 class Process:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from streams.kafka import consumer, producer
 from streams.role import PartitionState, Role
 from streams.settings import KafkaSettings, Settings
 from streams.topics import full_name
+from tests.integration.pipeline import until
 
 RECORDS = 20
 
@@ -45,13 +45,6 @@ class Taken:
     def all_read(self) -> bool:
         """Whether every record of every assigned partition came, once."""
         return bool(self.offsets) and all(came == list(range(RECORDS)) for came in self.offsets.values())
-
-
-async def until(what: str, holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < deadline, what
-        await asyncio.sleep(0.02)
 
 
 def reader(kafka: KafkaSettings) -> tuple[Any, Taken]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from streams.kafka import consumer
 from streams.role import PartitionState, Role
 from streams.settings import KafkaSettings, Settings
 from streams.topics import full_name
+from tests.integration.pipeline import until
 
 
 class Idle(Role[PartitionState]):
@@ -50,10 +50,7 @@ async def test_a_stop_does_not_wait_for_a_consumer_that_has_stopped(
     failures: list[BaseException] = []
     role = Idle("idle", ("recalls", "feedback"), Settings(kafka=kafka_settings), metrics.Health(), failures.append)
     await role.start()
-    deadline = time.monotonic() + 60
-    while not role.partitions:
-        assert time.monotonic() < deadline, "no partitions"
-        await asyncio.sleep(0.05)
+    await until("partitions", lambda: bool(role.partitions))
     # Nothing was read, so every look at the lag asks the consumer's thread for a position. Faust drops a question that
     # comes as the thread ends, which cannot be timed from here.
     asked = asyncio.Event()
@@ -77,10 +74,7 @@ async def test_a_stop_does_not_wait_for_a_group_that_has_put_the_role_out(
     failures: list[BaseException] = []
     role = Idle("out", ("recalls",), Settings(kafka=kafka_settings), metrics.Health(), failures.append)
     await role.start()
-    deadline = time.monotonic() + 60
-    while not role.partitions:
-        assert time.monotonic() < deadline, "no partitions"
-        await asyncio.sleep(0.05)
+    await until("partitions", lambda: bool(role.partitions))
     lease, acknowledged = role.app.transport.lease, asyncio.Event()
     monkeypatch.setattr(lease, "held", lambda: lease._over)  # whatever heartbeats say
     await role.publisher.send("labels", b"user", b"unsent", then=acknowledged.set, partition=0)
