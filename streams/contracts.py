@@ -178,10 +178,12 @@ class Provenance(Record, frozen=True, omit_defaults=False):
     code: str | None = None
 
 
-class Label(Record, frozen=True, omit_defaults=False):
+class Label(Record, frozen=True, omit_defaults=False, kw_only=True):
     """``gpl.labels``: the labels of one request. request_id + item + revision identify a label.
 
-    ``outcome`` "no_anchors": the user had none as of the request, so nothing is pseudo-labelled.
+    ``outcome`` "no_anchors": the user had none as of the request, so nothing is pseudo-labelled. ``history``: the
+    positives that the anchors were made of, oldest first; an input of the pre-ranker. Empty without anchors, and in
+    records older than this field.
     """
 
     request_id: str
@@ -189,6 +191,7 @@ class Label(Record, frozen=True, omit_defaults=False):
     user_id: str
     ts: int
     outcome: Literal["labelled", "no_anchors"]
+    history: list[str] = []
     exposed: Exposed
     unexposed: Unexposed
     provenance: Provenance

@@ -69,16 +69,18 @@ class Ids(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Probe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Requests with the scores that the published model gave them, to compare later models with.
 
-    Parallel by request: ``users``, ``items``, ``score`` (raw anchor score, null where there is none), ``logits``.
+    Parallel by request: ``users``, ``history`` (items they had liked), ``items``, ``score`` (raw anchor score, null
+    where there is none), ``logits``.
     """
 
     users: list[str]
+    history: list[list[str]]
     items: list[list[str]]
     score: list[list[float | None]]
     logits: list[list[float]]
 
 
-NO_PROBE = Probe([], [], [], [])
+NO_PROBE = Probe([], [], [], [], [])
 
 
 class Pin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -1,9 +1,10 @@
 """A published pre-ranker as an ONNX graph, for those who serve it elsewhere.
 
-Inputs, with dynamic axes ``n`` (candidates) and ``k`` (anchors):
+Inputs, with dynamic axes ``n`` (candidates), ``h`` (history) and ``k`` (anchors):
 
 ==================  ===========  ========================================================================
 ``user_row``        int64 []     row of the user, 0 for one that the ids table does not name
+``history_row``     int64 [h]    rows of what the user liked; items that the ids table does not name are left out
 ``item_row``        int64 [n]    rows of the candidates, 0 for items that the ids table does not name
 ``content``         float [n,d]  the candidates' vectors in the frozen space, unit length
 ``anchors``         float [k,d]  the user's anchors, unit length; k = 0 for a user without
@@ -65,6 +66,10 @@ def _graph(published: Published, matching: labeller.Config) -> Any:
     constants: dict[str, NDArray[Any]] = {
         "users": weights["users"] + weights["default"],
         "items": weights["items"],
+        "history": weights["history"],
+        "unknown": np.array([0], np.int64),
+        "at_least_one": np.array(1, np.int64),
+        "rows": np.array([0], np.int64),
         "item_bias": weights["item_bias"][:, 0],
         "content_to_tower": weights["content"].T.copy(),
         "anchor_axis": np.array([1], np.int64),
@@ -77,12 +82,23 @@ def _graph(published: Published, matching: labeller.Config) -> Any:
     }
     inputs = [
         helper.make_tensor_value_info("user_row", TensorProto.INT64, []),
+        helper.make_tensor_value_info("history_row", TensorProto.INT64, ["h"]),
         helper.make_tensor_value_info("item_row", TensorProto.INT64, ["n"]),
         helper.make_tensor_value_info("content", TensorProto.FLOAT, ["n", dim]),
         helper.make_tensor_value_info("anchors", TensorProto.FLOAT, ["k", dim]),
     ]
     steps: list[tuple[str, list[str], str, dict[str, Any]]] = [
-        ("Gather", ["users", "user_row"], "user", {}),
+        ("Gather", ["users", "user_row"], "own", {}),
+        # The row of unknown ids is zero: with it the sum is defined for no history too.
+        ("Concat", ["unknown", "history_row"], "unknown_and_history", {"axis": 0}),
+        ("Gather", ["history", "unknown_and_history"], "of_history", {}),
+        ("ReduceSum", ["of_history", "rows"], "sum_of_history", {"keepdims": 0}),
+        ("Size", ["history_row"], "history_size", {}),
+        ("Max", ["history_size", "at_least_one"], "some_size", {}),
+        ("Cast", ["some_size"], "size", {"to": TensorProto.FLOAT}),
+        ("Sqrt", ["size"], "root_of_size", {}),
+        ("Div", ["sum_of_history", "root_of_size"], "liked", {}),
+        ("Add", ["own", "liked"], "user", {}),
         ("MatMul", ["content", "content_to_tower"], "from_content", {}),
         ("Gather", ["items", "item_row"], "from_id", {}),
         ("Add", ["from_content", "from_id"], "item", {}),
@@ -176,14 +192,17 @@ def _check(published: Published, matching: labeller.Config, graph: bytes) -> Non
     content = rng.normal(size=(_CHECKED, network.dim_content)).astype(np.float32)
     content /= np.linalg.norm(content, axis=1, keepdims=True)
     logprob = np.log(np.array([0.5, 0.2, 0.1], np.float32))
+    liked = rng.integers(1, network.n_items, size=5) if network.n_items > 1 else np.zeros(0, np.int64)
     for user_row, k in ((0, 0), (0, 3), (network.n_users - 1, 0), (network.n_users - 1, 3)):
+        history = liked if k else liked[:0]
         cross = None
         if k:
             prepared = PreparedAnchors.build(content[:k], logprob, np.ones(k, np.float32), 1, matching)
             cross = labeller.score(prepared, content)[0]
-        expected = network.score(user_row, item_row, content, cross)
+        expected = network.score(user_row, item_row, content, cross, history)
         fed: dict[str, NDArray[Any]] = {
             "user_row": np.array(user_row, np.int64),
+            "history_row": history,
             "item_row": item_row,
             "content": content,
             "anchors": content[:k],

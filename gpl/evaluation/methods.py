@@ -22,7 +22,8 @@ class Method:
     """``grid``: values of each setting, one being chosen on validation users, beside the fixed ``settings``.
 
     A method that is ``like`` another starts from the settings chosen for the other, changes ``settings``, and then
-    searches its own grid. So GPL starts from the negatives that are best without pseudo-labels, and may choose others.
+    searches its own grid. With several ``starts``, changes to that, it searches from each and takes the best found.
+    So GPL starts from the negatives that are best without pseudo-labels and from the stream's defaults.
     """
 
     name: str
@@ -32,19 +33,25 @@ class Method:
     grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     like: str | None = None
     settings: Settings = field(default_factory=dict)
+    starts: tuple[Settings, ...] = ({},)
 
     def tuned(self, base: Settings, score: Callable[[dict[str, Any]], float]) -> dict[str, Any]:
         """The settings with the highest ``score``, searched one setting after the other in the grid's order, starting
         from ``base`` and the fixed ones; where these leave the grid, from its first value."""
-        chosen = {**base, **self.settings}
+        found = [self._climbed({**base, **self.settings, **start}, score) for start in self.starts]
+        return max(found, key=lambda of: of[0])[1]
+
+    def _climbed(
+        self, chosen: dict[str, Any], score: Callable[[dict[str, Any]], float]
+    ) -> tuple[float, dict[str, Any]]:
         chosen |= {name: values[0] for name, values in self.grid.items() if chosen.get(name) not in values}
-        best = None
+        best: float | None = None
         for name, values in self.grid.items():
             tried = {value: {**chosen, name: value} for value in values}
             scores = {v: best if best is not None and v == chosen[name] else score(s) for v, s in tried.items()}
             winner = max(scores, key=lambda value: scores[value])
             chosen, best = tried[winner], scores[winner]
-        return chosen
+        return best or 0.0, chosen
 
 
 def _popularity(bench: Bench) -> Scores:
@@ -80,10 +87,13 @@ _LABELS = {
     "personal": (False, True),
     "sharpness": ("full", "effect"),
     "weight": (0.0, 0.1, 0.3, 1.0, 3.0, 10.0),
+    "negatives": (1.0, 3.0, 10.0),
     "form": ("softmax", "pointwise"),
 }
-_START = {"source": "recalled", "weight": 1.0}
+_RECALLED = {"source": "recalled", "weight": 1.0}
 """Pseudo-labels are of what requests recalled, as in the stream; negatives alone may be of all items."""
+_STARTS: tuple[Settings, ...] = ({}, {"weight": 3.0, "negatives": 1.0, "form": "softmax"})
+"""The negatives chosen without pseudo-labels; the form of the stream and its lambda."""
 
 METHODS: tuple[Method, ...] = (
     Method("popularity", "Popularity", "untrained", _popularity),
@@ -147,7 +157,7 @@ METHODS: tuple[Method, ...] = (
         _TAUGHT,
         settings={"generator": "history"},
     ),
-    Method("gpl", "GPL", "gpl", _gpl, _LABELS, like="no-labels", settings=_START),
+    Method("gpl", "GPL", "gpl", _gpl, _LABELS, like="no-labels", settings=_RECALLED, starts=_STARTS),
     Method(
         "mean-labels",
         "Mean-history labels instead of a generator's",
@@ -155,7 +165,8 @@ METHODS: tuple[Method, ...] = (
         _gpl,
         _LABELS,
         like="no-labels",
-        settings={"generator": "mean", **_START},
+        settings={"generator": "mean", **_RECALLED},
+        starts=_STARTS,
     ),
     _like("gpl-lm", "GPL, small LM", "gpl", generator="small-lm"),
     _like("no-dispersion", "GPL without the dispersion factor", "ablation", dispersion=False),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,11 +81,18 @@ class Columns:
 
 
 def batches(
-    pairs: Pairs, columns: Columns, content: Ints, size: int, hidden: int | None, rng: np.random.Generator
+    pairs: Pairs,
+    columns: Columns,
+    histories: Sequence[Ints],
+    content: Ints,
+    size: int,
+    hidden: int | None,
+    rng: np.random.Generator,
 ) -> Iterator[tuple[Batch, Ints]]:
     """One epoch in random order: batches of ``size`` requests, each with the positions of its pairs.
 
-    Rows of the id tables are index + 1. ``content`` (n,): row of each item's content, -1 where it has none.
+    Rows of the id tables are index + 1. ``histories``: items (h,) that each request's user had liked. ``content`` (n,):
+    row of each item's content, -1 where it has none.
     """
     order = rng.permutation(len(pairs))
     for start in range(0, len(order), size):
@@ -98,6 +105,8 @@ def batches(
         yield (
             Batch(
                 user_row=pairs.user[requests] + 1,
+                history=np.concatenate([histories[request] for request in requests.tolist()]) + 1,
+                history_request=np.repeat(np.arange(len(requests)), [len(histories[r]) for r in requests.tolist()]),
                 item_row=items + 1,
                 content_row=content[items],
                 request=owner,

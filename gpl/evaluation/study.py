@@ -163,7 +163,8 @@ class _Work:
         base = self.settings(BY_NAME[method.like]) if method.like is not None else {}
         if not method.grid:
             return {**base, **method.settings}
-        grid = json.dumps([method.name, base, method.grid, method.settings], default=str)  # the order matters
+        searched = [method.name, base, method.starts, method.grid, method.settings]
+        grid = json.dumps(searched, default=str)  # the order matters
         key = _digest(grid, self._common(method), str(self.config.seeds[0]))
         path = self.config.cache / "settings" / f"{self.dataset.name}-{method.name}-{key}.json"
         if path.is_file():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from gpl.evaluation.anchors import HISTORY, refreshed
 from gpl.evaluation.dataset import Floats, Ints
 from gpl.evaluation.judge import Judge, Scores
 from gpl.evaluation.pairs import Columns, Pairs, batches
@@ -39,16 +40,16 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Trained:
-    """A pre-ranker and the raw anchor scores it takes as input, a matrix (J, n) by ``row_of`` user; None: none."""
+    """A pre-ranker and what it takes as input: raw anchor scores of users' items (None: none)."""
 
     model: PreRanker
-    content: Floats
+    world: World
     scores_of: Scores | None
     epochs: int
 
     def scores(self, users: Ints) -> Floats:
         """(len(users), n) logits of all items."""
-        return model_scores(self.model, self.content, users, self.scores_of)
+        return model_scores(self.model, self.world, users, self.scores_of)
 
 
 def content_rows(world: World) -> Ints:
@@ -57,10 +58,17 @@ def content_rows(world: World) -> Ints:
     return np.where(has, np.arange(world.n_items), -1)
 
 
-def model_scores(model: PreRanker, content: Floats, users: Ints, scores_of: Scores | None) -> Floats:
-    n = len(content)
-    items = model.item_side(np.arange(1, n + 1), content)
-    towers = np.stack([model.user_side(user + 1) for user in users.tolist()]) @ items.T
+def histories(world: World) -> list[Ints]:
+    """Of each request of the log, what anchors in force at it were made of: so it is in the stream."""
+    known = refreshed(world.known).tolist()
+    return [world.positives[user][:k][-HISTORY:] for user, k in zip(world.log.user.tolist(), known, strict=True)]
+
+
+def model_scores(model: PreRanker, world: World, users: Ints, scores_of: Scores | None) -> Floats:
+    n = world.n_items
+    items = model.item_side(np.arange(1, n + 1), world.vectors)
+    sides = [model.user_side(user + 1, world.positives[user][-HISTORY:] + 1) for user in users.tolist()]
+    towers = np.stack(sides) @ items.T
     anchor = None if scores_of is None else scores_of(users).ravel()
     return model.combine(np.ascontiguousarray(towers.ravel()), anchor).reshape(len(users), n)
 
@@ -82,18 +90,18 @@ def train(
     model = PreRanker(world.vectors.shape[1], config.dim, seed)
     model.grow(world.n_users + 1, world.n_items + 1)
     learner = Learner(model, loss, config.learning_rate, config.weight_decay)
-    content = content_rows(world)
+    content, liked = content_rows(world), histories(world)
     best, best_hits, kept = 0, -1.0, model.state_tensors()
     for epoch in range(1, config.epochs + 1):
-        for batch, at in batches(pairs, columns, content, config.batch_requests, config.hidden, rng):
+        for batch, at in batches(pairs, columns, liked, content, config.batch_requests, config.hidden, rng):
             step(learner, batch, at)
-        hits = validation.hit_rate(lambda users: model_scores(model, world.vectors, users, scores_of))
+        hits = validation.hit_rate(lambda users: model_scores(model, world, users, scores_of))
         if hits > best_hits:
             best, best_hits, kept = epoch, hits, model.state_tensors()
         elif epoch - best >= config.patience:
             break
     model.load_state_tensors(kept)
-    return Trained(model, world.vectors, scores_of, best)
+    return Trained(model, world, scores_of, best)
 
 
 def one_thread() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,8 @@ class Example:
 
     ``item_row`` and ``content_row`` (n,): rows of the id table and of the content matrix (-1: no content).
     ``score`` (n,): raw anchor score, NaN where there is none. ``clicked`` (m,): 0 or 1 of the m exposed items.
-    ``label``, ``confidence`` (n - m,): of the unexposed.
+    ``label``, ``confidence`` (n - m,): of the unexposed. ``history`` (h,): rows of the id table, of what the user had
+    liked before.
     """
 
     user_row: int
@@ -27,6 +28,7 @@ class Example:
     clicked: Floats
     label: Floats
     confidence: Floats
+    history: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __post_init__(self) -> None:
         n = len(self.item_row)
@@ -51,6 +53,8 @@ class Batch:
     """
 
     user_row: Ints  # (R,)
+    history: Ints  # (H,), rows of the items that users liked before, request by request
+    history_request: Ints  # (H,), ascending, index into user_row
     item_row: Ints  # (I,)
     content_row: Ints  # (I,), -1 where there is none
     request: Ints  # (P,), index into user_row
@@ -72,6 +76,7 @@ class Batch:
         position = np.arange(len(request)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         return cls.of(
             user_row=np.array([e.user_row for e in examples], dtype=np.int64),
+            histories=[e.history for e in examples],
             item_row=np.concatenate([e.item_row for e in examples]).astype(np.int64),
             content_row=np.concatenate([e.content_row for e in examples]).astype(np.int64),
             request=request,
@@ -86,6 +91,7 @@ class Batch:
     def of(
         cls,
         user_row: Ints,
+        histories: Sequence[Ints],
         item_row: Ints,
         content_row: Ints,
         request: Ints,
@@ -95,9 +101,9 @@ class Batch:
         label: Floats,
         confidence: Floats,
     ) -> Batch:
-        """From the pairs of R requests one after another: ``user_row`` (R,); ``item_row``, ``content_row``,
-        ``request``, ``exposed`` and ``score`` (P,); ``clicked`` of the exposed pairs alone, ``label`` and
-        ``confidence`` of the others."""
+        """From the pairs of R requests one after another: ``user_row`` and ``histories`` (R,); ``item_row``,
+        ``content_row``, ``request``, ``exposed`` and ``score`` (P,); ``clicked`` of the exposed pairs alone, ``label``
+        and ``confidence`` of the others."""
         # One key for id row and content row: unknown items share row 0 and still differ in content.
         width = int(content_row.max(initial=-1)) + 2
         keys, item = np.unique(item_row * width + content_row + 1, return_inverse=True)
@@ -107,6 +113,8 @@ class Batch:
         columns["confidence"][~exposed] = confidence
         return cls(
             user_row=user_row,
+            history=np.concatenate(histories).astype(np.int64),
+            history_request=np.repeat(np.arange(len(histories)), [len(history) for history in histories]),
             item_row=keys // width,
             content_row=keys % width - 1,
             request=request,
@@ -124,8 +132,13 @@ class Batch:
         """The batch of some pairs, ``chosen`` (P,), and of the requests and items that they need."""
         users, request = np.unique(self.request[chosen], return_inverse=True)
         items, item = np.unique(self.item[chosen], return_inverse=True)
+        place = np.full(len(self.user_row), -1)
+        place[users] = np.arange(len(users))
+        liked_by = place[self.history_request]
         return Batch(
             user_row=self.user_row[users],
+            history=self.history[liked_by >= 0],
+            history_request=liked_by[liked_by >= 0],
             item_row=self.item_row[items],
             content_row=self.content_row[items],
             request=request,

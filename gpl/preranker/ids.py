@@ -91,6 +91,10 @@ class GrowingIds:
         """Row of an id, 0 when it is unknown."""
         return self._rows.get(id_, 0)
 
+    def rows(self, ids: Sequence[str]) -> Ints:
+        """Rows (n,) of ids, 0 where unknown."""
+        return _rows(self._rows, ids)
+
     def add(self, ids: Sequence[str], at: int | Ints) -> Ints:
         """Rows (n,) of ids, seen at ``at``, one time or (n,); those not yet known get rows, in order."""
         rows = _rows(self._rows, ids)

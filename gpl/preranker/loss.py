@@ -170,11 +170,13 @@ def joint_loss(
 
 
 def with_default_user(batch: Batch) -> Batch:
-    """The batch and one more request at its end: of the default user (row 0), who has no anchors, for each item."""
+    """The batch and one more request at its end: of the default user (row 0, no history, no anchors) for each item."""
     items = len(batch.item_row)
     nothing = np.zeros(items, dtype=np.float32)
     return Batch(
         user_row=np.append(batch.user_row, 0),
+        history=batch.history,
+        history_request=batch.history_request,
         item_row=batch.item_row,
         content_row=batch.content_row,
         request=np.append(batch.request, np.full(items, len(batch.user_row))),

@@ -1,9 +1,14 @@
 """The pre-ranker: a user and an item tower, their inner product, and the cached anchors' score as a cross input.
 
-    user(u)    = default + U[u]                        rows of U start at 0: a new user is the default user
+    user(u)    = default + U[u] + sum_{h in H} P[h] / sqrt(|H|)
+                                                       rows of U start at 0: a new user is the default user
     item(i)    = W e_i + V[i]                          rows of V start at 0: a new item scores from its content e_i
     tower(u,i) = <user(u), item(i)> + b[i] + b
     logit(u,i) = tower(u,i) + w_s z(s) + w_0 [no score]
+
+``H`` is what the user had liked before the request, as far as the items have rows, and P a table of its own that
+starts at 0 (FISM's form, Kabbur et al. 2013, beside a user's own row as in SVD++, Koren 2008). Through it a like tells
+of other items, of a user that was never trained on too, where content does not tell.
 
 ``s`` is the raw anchor score and ``z`` its standard score over all pairs trained on so far, so that one learning rate
 serves cosines and kernel scores alike. ``default`` starts at 0, W as a random projection (``<W a, W b>`` is about
@@ -26,6 +31,7 @@ from gpl.labels.matching import Floats, Ints
 from gpl.preranker.batch import Batch
 
 _MIN_CAPACITY = 1024
+_NO_HISTORY = np.zeros(0, np.int64)
 _MIN_SPREAD = 1e-6  # of anchor scores, so that nearly equal ones are not blown up
 
 
@@ -55,6 +61,7 @@ class PreRanker(nn.Module):
         self.w_missing = nn.Parameter(torch.zeros(()))
         self.users = nn.Parameter(torch.zeros(_MIN_CAPACITY, dim))
         self.items = nn.Parameter(torch.zeros(_MIN_CAPACITY, dim))
+        self.history = nn.Parameter(torch.zeros(_MIN_CAPACITY, dim))
         self.item_bias = nn.Parameter(torch.zeros(_MIN_CAPACITY, 1))
         # Count, mean and sum of squared deviations of the anchor scores trained on (Welford).
         self.register_buffer("score_moments", torch.zeros(3, dtype=torch.float64))
@@ -64,6 +71,7 @@ class PreRanker(nn.Module):
         """The parameters whose rows are ids; their gradients are sparse."""
         yield "users", self.users
         yield "items", self.items
+        yield "history", self.history
         yield "item_bias", self.item_bias
 
     def dense(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -97,13 +105,21 @@ class PreRanker(nn.Module):
         self.score_moments.copy_(torch.tensor([total, mean + delta * added / total, squares], dtype=torch.float64))
 
     @torch.no_grad()
-    def score(self, user_row: int, item_row: Ints, content: Floats, anchor_score: Floats | None) -> Floats:
+    def score(
+        self,
+        user_row: int,
+        item_row: Ints,
+        content: Floats,
+        anchor_score: Floats | None,
+        history: Ints = _NO_HISTORY,
+    ) -> Floats:
         """Logits (n,) of one user's candidates. ``content`` (n, dim_content), zeros where an item has none.
+        ``history`` (h,): rows of what the user liked; those of unknown items are to be left out.
 
         Row 0 is an unknown id. ``anchor_score`` (n,) raw, NaN or None where the user has no anchors.
         Raises ValueError for shapes that do not fit and IndexError for rows beyond the tables.
         """
-        return self.combine(self.item_side(item_row, content) @ self.user_side(user_row), anchor_score)
+        return self.combine(self.item_side(item_row, content) @ self.user_side(user_row, history), anchor_score)
 
     @torch.no_grad()
     def item_side(self, item_row: Ints, content: Floats) -> Floats:
@@ -120,10 +136,11 @@ class PreRanker(nn.Module):
         return side
 
     @torch.no_grad()
-    def user_side(self, user_row: int) -> Floats:
-        """The user's counterpart (w,) of :meth:`item_side`. Row 0: the default user."""
+    def user_side(self, user_row: int, history: Ints = _NO_HISTORY) -> Floats:
+        """The user's counterpart (w,) of :meth:`item_side`. Row 0: the default user; ``history`` as in ``score``."""
         self._check_rows("user_row", np.array([user_row]), self.n_users)
-        side: Floats = torch.cat([self.default + self.users[user_row], torch.ones(1)]).numpy()
+        liked = self._liked(history, np.zeros(len(history), np.int64), 1)[0]
+        side: Floats = torch.cat([self.default + self.users[user_row] + liked, torch.ones(1)]).numpy()
         return side
 
     @torch.no_grad()
@@ -166,7 +183,8 @@ class PreRanker(nn.Module):
         self._check_rows("user_row", batch.user_row, self.n_users)
         self._check_rows("item_row", batch.item_row, self.n_items)
         item_row = torch.from_numpy(batch.item_row)
-        user = self.default + _embed(torch.from_numpy(batch.user_row), self.users)
+        liked = self._liked(batch.history, batch.history_request, len(batch.user_row))
+        user = self.default + _embed(torch.from_numpy(batch.user_row), self.users) + liked
         item = gather_content(content, batch.content_row) @ self.content.T + _embed(item_row, self.items)
         # All requests by all distinct items: one small product, and cheaper than gathering a vector per pair.
         every = (user @ item.T).view(-1)
@@ -174,6 +192,14 @@ class PreRanker(nn.Module):
         index = torch.from_numpy(batch.item)
         bias = _embed(item_row, self.item_bias)[:, 0]
         return every.index_select(0, pair) + bias.index_select(0, index) + self.bias
+
+    def _liked(self, history: Ints, request: Ints, requests: int) -> Tensor:
+        """(requests, dim) of histories one after another, (H,) rows with the (H,) request of each, ascending."""
+        self._check_rows("history", history, self.n_items)
+        sizes = np.bincount(request, minlength=requests)
+        starts = torch.from_numpy(np.cumsum(sizes) - sizes)
+        sums = F.embedding_bag(torch.from_numpy(history), self.history, starts, mode="sum", sparse=True, padding_idx=0)
+        return sums / torch.from_numpy(np.sqrt(np.maximum(sizes, 1)).astype(np.float32))[:, None]
 
     @staticmethod
     def _check_rows(name: str, rows: Ints, used: int) -> None:

@@ -35,6 +35,9 @@ class SyntheticState:
         self.anchors: dict[str, Floats] = {
             user: self.vectors[rows] for user, rows in zip(self.users, chosen, strict=True)
         }
+        self.histories: dict[str, list[str]] = {
+            user: [self.items[row] for row in rows.tolist()] for user, rows in zip(self.users, chosen, strict=True)
+        }
 
     def records(self) -> Iterator[tuple[str, str, Record]]:
         """(topic, key, record) of the catalogue and the anchors."""
@@ -51,7 +54,7 @@ class SyntheticState:
                 logprob=[-1.0] * k,
                 vectors=vector_bytes(anchors),
                 history_factor=[1.0] * k,
-                history=[],
+                history=self.histories[user_id],
                 generator="synthetic",
                 quantiser=self._versions[1],
                 encoder=self._versions[0],
@@ -66,6 +69,7 @@ class SyntheticState:
         for table, rows in (
             (network.users, network.n_users),
             (network.items, network.n_items),
+            (network.history, network.n_items),
             (network.item_bias, network.n_items),
         ):
             table.data[1:rows].normal_(std=0.3, generator=generator)

@@ -43,6 +43,9 @@ from streams.trainer.start import StartFrom
 from streams.trainer.trainer import Trainer
 from streams.views import vector_bytes
 
+_HISTORY = 50
+"""Items of a user's history: what the generator reads by default."""
+
 
 @dataclass(frozen=True)
 class Load:
@@ -99,6 +102,7 @@ class Workload:
             user_id=f"user-{user}",
             ts=1_700_000_000_000 + n,
             outcome="labelled",
+            history=[f"item-{i}" for i in np.searchsorted(self._cumulative, rng.random(_HISTORY)).tolist()],
             exposed=Exposed(names[:shown], clicked.astype(int).tolist(), cosine[:shown].tolist()),
             unexposed=Unexposed(
                 names[shown:],

@@ -25,6 +25,8 @@ from streams.views import vector_bytes
 Sent = tuple[str, bytes, bytes, int | None]
 """Topic, key, value and partition (None: the key's) of a record, ready to be produced."""
 
+_HISTORY = 50
+"""Items of a user's history: what the generator reads by default."""
 FITTED_ITEMS = 2_000
 """Items that space and quantiser are fitted on; those of the catalogue are drawn in the same space."""
 
@@ -82,7 +84,7 @@ class Workload:
                     logprob=np.linspace(-1, -6, load.anchors).round(6).tolist(),
                     vectors=vector_bytes(_unit(rng, load.anchors, load.dim)),
                     history_factor=rng.uniform(0, 1, load.anchors).round(6).tolist(),
-                    history=[],
+                    history=[f"item-{i}" for i in np.searchsorted(self._popular, rng.random(_HISTORY)).tolist()],
                     generator="bench",
                     quantiser=self._quantiser,
                     encoder=self._encoder,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,7 +30,8 @@ DIGITS = 6
 
 @dataclass(frozen=True)
 class AnchorSet:
-    """A user's anchors as a record gave them; ``prepared`` is None for a record without anchors.
+    """A user's anchors as a record gave them, and the ``history`` that they were made of; ``prepared`` is None for a
+    record without anchors.
 
     ``digest``: hash of what is matched. A refresh that was answered twice, over a catalogue that had changed in
     between, has the same version and another digest.
@@ -39,6 +41,7 @@ class AnchorSet:
     version: int
     generator: str
     prepared: labeller.PreparedAnchors | None
+    history: list[str]
     digest: str
 
 
@@ -59,7 +62,8 @@ def anchor_set(record: contracts.UserAnchors, dim: int, levels: int, config: lab
         prepared = prepared_anchors(record, dim, levels, config)
     said = msgspec.json.encode([record.vectors, record.logprob, record.history_factor])
     digest = hashlib.blake2b(said, digest_size=6).hexdigest()
-    return AnchorSet(record.ts, record.version, record.generator, prepared, digest)
+    history = list(map(sys.intern, record.history))  # many users liked the same items
+    return AnchorSet(record.ts, record.version, record.generator, prepared, history, digest)
 
 
 def make_label(
@@ -110,6 +114,7 @@ def make_label(
         user_id=recall.user_id,
         ts=recall.ts,
         outcome="labelled" if matched else "no_anchors",
+        history=anchors.history if matched and anchors else [],
         exposed=contracts.Exposed(
             item=exposed,
             clicked=[int(clicked) for clicked in joined.exposed.values()],

@@ -102,7 +102,7 @@ def _label_seconds(log: Log, setup: Setup, candidates: int) -> float:
     built = labeller.PreparedAnchors.build(
         np.repeat(rows[:1], _ANCHORS, axis=0), logprobs, np.ones(_ANCHORS, np.float32), frame.levels, setup.config
     )
-    anchors = AnchorSet(0, 1, "", built, "")
+    anchors = AnchorSet(0, 1, "", built, [], "")
     names = [f"item-{n}" for n in range(candidates)]
     joined = Joined(Recall("r", "u", 0, names), {}, 0, [], 0)
     started, done = time.monotonic(), 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,13 +19,22 @@ _BLOCK = 128
 """Rows at a time: 128 x 384 float32 values stay in a core's second-level cache."""
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A user's anchors, in force from ``ts`` on, and the items that they were made of."""
+
+    ts: int
+    prepared: PreparedAnchors
+    history: list[str]
+
+
 class AnchorCache:
     """Handler for ``user-anchors``: the newest anchors of each user, ready to match as the labels role matches them."""
 
     def __init__(self, settings: LabelSettings, frame: Frame) -> None:
         self._config = labeller_config(settings)
         self._frame = frame
-        self._by_user: dict[str, tuple[int, PreparedAnchors]] = {}
+        self._by_user: dict[str, Held] = {}
 
     def __len__(self) -> int:
         return len(self._by_user)
@@ -36,17 +47,17 @@ class AnchorCache:
         if (anchors.encoder, anchors.quantiser) != (self._frame.encoder, self._frame.quantiser):
             return
         held = self._by_user.get(anchors.user_id)
-        if held is not None and held[0] > anchors.ts:
+        if held is not None and held.ts > anchors.ts:
             return
         if not anchors.logprob:
             self._by_user.pop(anchors.user_id, None)
             return
         prepared = prepared_anchors(anchors, self._frame.dim, self._frame.levels, self._config)
-        self._by_user[anchors.user_id] = (anchors.ts, prepared)
+        history = list(map(sys.intern, anchors.history))  # many users liked the same items
+        self._by_user[anchors.user_id] = Held(anchors.ts, prepared, history)
 
-    def of(self, user_id: str) -> PreparedAnchors | None:
-        held = self._by_user.get(user_id)
-        return None if held is None else held[1]
+    def of(self, user_id: str) -> Held | None:
+        return self._by_user.get(user_id)
 
 
 def anchor_scores(prepared: PreparedAnchors, vectors: Floats, rows: Ints) -> Floats:

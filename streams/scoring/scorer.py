@@ -6,7 +6,8 @@ sees two versions; a model that fails its checks is refused and the old one stay
 Who or what the model does not know:
 
 - a user that it was not trained on is scored as its default user, with the user's own anchors where there are any;
-- a user without anchors is scored without the cross input, by the weight that the model learnt for such users;
+- a user without anchors is scored without the cross input, by the weight that the model learnt for such users, and
+  without a history, which comes with the anchors;
 - an item that it was not trained on is scored from its content, from the moment the catalogue has its vector;
 - an item that the catalogue does not know has nothing to be scored by: it comes last, with null for a score.
 """
@@ -139,9 +140,11 @@ class Scorer:
                 known = [candidates[i] for i in np.flatnonzero(rows >= 0).tolist()]
                 unknown = [candidates[i] for i in np.flatnonzero(rows < 0).tolist()]
                 rows = rows[rows >= 0]
-            towers = served.towers(user_id, rows)
             anchors = self._anchors.of(user_id)
-            cross = None if anchors is None else self._anchor_scores.of(user_id, anchors, self._catalogue, rows)
+            towers = served.towers(user_id, () if anchors is None else anchors.history, rows)
+            cross = None
+            if anchors is not None:
+                cross = self._anchor_scores.of(user_id, anchors.prepared, self._catalogue, rows)
         logits = served.logits(towers, cross)
         order = best_first(logits)
         known_user = served.knows(user_id)
@@ -197,7 +200,7 @@ class Scorer:
         anchors = PreparedAnchors.build(some, -ones, ones, self._frame.levels, config)
         for _ in range(WARM_UP_CALLS):
             rows = self._catalogue.rows(ids)
-            best_first(served.logits(served.towers("", rows), anchor_scores(anchors, vectors, rows)))
+            best_first(served.logits(served.towers("", ids[:10], rows), anchor_scores(anchors, vectors, rows)))
 
     def _item_changed(self, item_id: str, item: ItemVector | None) -> None:
         if self._served is not None and item is not None:

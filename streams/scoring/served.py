@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from gpl.catalogue import Catalogue
@@ -60,9 +62,11 @@ class Served:
         """Whether the model has a row of this user; another is scored as the default user."""
         return user_id in self._users
 
-    def towers(self, user_id: str, rows: Ints) -> Floats:
-        """What the towers say (n,) of the items in catalogue rows (n,)."""
-        user = self._network.user_side(self._users.row(user_id))
+    def towers(self, user_id: str, history: Sequence[str], rows: Ints) -> Floats:
+        """What the towers say (n,) of the items in catalogue rows (n,); ``history``: items that the user had liked,
+        of which those count that the model was trained on."""
+        liked = self._items.rows(history)
+        user = self._network.user_side(self._users.row(user_id), liked[liked > 0])
         towers: Floats = self._side.take(rows, axis=0, mode="clip") @ user
         return towers
 

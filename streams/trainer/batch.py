@@ -19,13 +19,15 @@ from streams.trainer.columns import Columns
 class Request:
     """A request of a batch, for what is told of it. ``items``, ``score`` (n,): what is trained on, exposed ones first.
 
-    ``first``: no earlier revision of it was trained on. ``rank``: whose share of the work it is.
+    ``history``: what its user had liked. ``first``: no earlier revision of it was trained on. ``rank``: whose share of
+    the work it is.
     """
 
     request_id: str
     user_id: str
     ts: int
     first: bool
+    history: list[str]
     items: list[str]
     score: Floats
     rank: int
@@ -75,6 +77,11 @@ class Rows:
         self._items.touch(rows, at)
         return rows
 
+    def history(self, names: Sequence[str]) -> Ints:
+        """Rows (h,) of those of the items that are in the table; a history adds none and keeps none alive."""
+        rows = self._items.rows(names)
+        return rows[rows > 0]
+
     def forget(self) -> None:
         """Ids were let go of: look all up again."""
         self._generation = -1
@@ -112,6 +119,7 @@ def prepare(labels: Sequence[Columns], first: Sequence[bool], rows: Rows) -> Pre
     users = rows.users([labels[i].user_id for i in some.tolist()], ts[some])
     batch = Batch.of(
         user_row=users,
+        histories=[rows.history(labels[i].history) for i in some.tolist()],
         item_row=item_row,
         content_row=content_row,
         request=(np.cumsum(kept > 0) - 1)[record],
@@ -126,5 +134,16 @@ def prepare(labels: Sequence[Columns], first: Sequence[bool], rows: Rows) -> Pre
     for i in some.tolist():
         label, start, end = labels[i], end, end + int(kept[i])
         own = label.items if len(label.items) == end - start else names[start:end]
-        requests.append(Request(label.request_id, label.user_id, label.ts, first[i], own, score[start:end], label.rank))
+        requests.append(
+            Request(
+                label.request_id,
+                label.user_id,
+                label.ts,
+                first[i],
+                label.history,
+                own,
+                score[start:end],
+                label.rank,
+            )
+        )
     return Prepared(requests, batch, skipped)

@@ -17,9 +17,9 @@ from streams.contracts import Label
 class Columns:
     """One label record of n items, the exposed ones first, m of them.
 
-    ``items`` (n,) ids; ``score`` (n,) raw anchor scores, NaN where there is none; ``clicked`` (m,) 0 or 1; ``label``
-    and ``confidence`` (n - m,) of the unexposed. ``space``: encoder and quantiser. float32. ``rank``: of the trainers'
-    group, whose share of a step's work it is.
+    ``history``: ids of what the user had liked. ``items`` (n,) ids; ``score`` (n,) raw anchor scores, NaN where there
+    is none; ``clicked`` (m,) 0 or 1; ``label`` and ``confidence`` (n - m,) of the unexposed. ``space``: encoder and
+    quantiser. float32. ``rank``: of the trainers' group, whose share of a step's work it is.
     """
 
     request_id: str
@@ -27,6 +27,7 @@ class Columns:
     user_id: str
     ts: int
     space: tuple[str, str]
+    history: list[str]
     items: list[str]
     score: Floats
     clicked: Floats
@@ -99,6 +100,7 @@ class Flat:
                     user_id=record.user_id,
                     ts=record.ts,
                     space=(record.provenance.encoder, record.provenance.quantiser),
+                    history=record.history,
                     items=items,
                     score=score[at:end],
                     clicked=clicked[shown_at:shown_end],

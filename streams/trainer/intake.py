@@ -99,6 +99,7 @@ def _sound(label: Label) -> bool:
         and len(hidden.score) == len(hidden.label) == len(hidden.confidence) == n
         and len(items) == m + n
         and "" not in items
+        and "" not in label.history
     )
 
 
@@ -141,6 +142,8 @@ def _check(label: Label) -> None:
         raise Refused("invalid", "exposed.item, unexposed.item: an item stands twice; each has one label a request")
     if "" in items:
         raise Refused("invalid", "exposed.item, unexposed.item: an empty item id")
+    if "" in label.history:
+        raise Refused("invalid", f"history: {label.history.index('')}: an empty item id")
     _within("exposed.clicked", exposed.clicked, 0, 1)
     _within("exposed.score", [score for score in exposed.score if score is not None], -_SCORE_LIMIT, _SCORE_LIMIT)
     _within("unexposed.score", unexposed.score, -_SCORE_LIMIT, _SCORE_LIMIT)

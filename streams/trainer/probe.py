@@ -19,21 +19,23 @@ ITEMS = 50
 BINS = 10
 _FLOOR = 1e-3  # of a bin's share, so that an empty one does not make the index infinite
 
-Score = Callable[[str, Sequence[str], Floats], tuple[Floats, NDArray[np.bool_]]]
-"""Logits (n,) of a user's items with their raw anchor scores (NaN: none), and which items are known (n,)."""
+Score = Callable[[str, Sequence[str], Sequence[str], Floats], tuple[Floats, NDArray[np.bool_]]]
+"""Logits (n,) of a user with a history for items with their raw anchor scores (NaN: none), and which items are known
+(n,)."""
 
 
 def answered(probe: Probe, score: Score) -> Probe:
     """The probe with a model's own logits; items that it does not know are left out."""
-    users, items, scores, logits = [], [], [], []
+    users, histories, items, scores, logits = [], [], [], [], []
     for i, (values, known) in enumerate(_ask(probe, score)):
         kept = np.flatnonzero(known).tolist()
         if kept:
             users.append(probe.users[i])
+            histories.append(probe.history[i])
             items.append([probe.items[i][j] for j in kept])
             scores.append([probe.score[i][j] for j in kept])
             logits.append(values[kept].tolist())
-    return Probe(users, items, scores, logits)
+    return Probe(users, histories, items, scores, logits)
 
 
 def compare(published: Probe, score: Score) -> dict[str, float]:
@@ -77,8 +79,8 @@ def psi(before: Floats, now: Floats) -> float:
 
 
 def _ask(probe: Probe, score: Score) -> Iterator[tuple[Floats, NDArray[np.bool_]]]:
-    for user, names, raw in zip(probe.users, probe.items, probe.score, strict=True):
-        yield score(user, names, np.array([np.nan if s is None else s for s in raw], np.float32))
+    for user, history, names, raw in zip(probe.users, probe.history, probe.items, probe.score, strict=True):
+        yield score(user, history, names, np.array([np.nan if s is None else s for s in raw], np.float32))
 
 
 def _spearman(a: Floats, b: Floats) -> float:

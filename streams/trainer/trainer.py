@@ -370,17 +370,18 @@ class Trainer:
     def _probe(self) -> models.Probe:
         return models.Probe(
             users=[r.user_id for r in self._recent],
+            history=[r.history for r in self._recent],
             items=[r.items[: probe.ITEMS] for r in self._recent],
             score=[[None if s != s else s for s in r.score[: probe.ITEMS].tolist()] for r in self._recent],
             logits=[],
         )
 
-    def _score(self, user: str, items: Sequence[str], score: Floats) -> tuple[Floats, Bools]:
+    def _score(self, user: str, history: Sequence[str], items: Sequence[str], score: Floats) -> tuple[Floats, Bools]:
         content_row = self._catalogue.rows(items)
         known = content_row >= 0
         content = self._catalogue.vectors[content_row] * known[:, None]
-        rows = np.fromiter(map(self._items.row, items), np.int64, len(items))
-        return self._learners[MAIN].model.score(self._users.row(user), rows, content, score), known
+        rows, liked = self._items.rows(items), self._rows.history(history)
+        return self._learners[MAIN].model.score(self._users.row(user), rows, content, score, liked), known
 
 
 _NO_ROWS = np.zeros(0, np.int64)

@@ -45,6 +45,7 @@ def batch(rng: np.random.Generator, requests: int) -> Batch:
                 clicked=(rng.random(exposed) < 0.3).astype(np.float32),
                 label=rng.random(hidden).astype(np.float32),
                 confidence=rng.random(hidden).astype(np.float32),
+                history=rng.integers(1, ITEMS + 1, rng.integers(0, 4)),
             )
         )
     return Batch.collate(made)

@@ -22,7 +22,9 @@ def example(rng, users=USERS, items=ITEMS, exposed=3, hidden=6, anchors=True):
     n = exposed + hidden
     item_row = rng.permutation(items)[:n] + 1
     score = rng.uniform(-0.2, 0.9, n).astype(np.float32) if anchors else np.full(n, np.nan, np.float32)
+    history = rng.integers(1, items + 1, rng.integers(0, 5))  # none, and one item twice, among them
     return Example(
+        history=history,
         user_row=int(rng.integers(1, users + 1)),
         item_row=item_row,
         content_row=item_row - 1,
@@ -75,7 +77,9 @@ def test_logits_are_the_documented_formula_in_training_and_in_serving():
     for p in range(len(full)):
         user, item = batch.user_row[batch.request[p]], batch.item_row[batch.item[p]]
         vector = w["content"] @ content[batch.content_row[batch.item[p]]] + w["items"][item]
-        tower = (w["default"] + w["users"][user]) @ vector + w["item_bias"][item, 0] + w["bias"]
+        liked = batch.history[batch.history_request == batch.request[p]]
+        past = w["history"][liked].sum(axis=0) / max(len(liked), 1) ** 0.5
+        tower = (w["default"] + w["users"][user] + past) @ vector + w["item_bias"][item, 0] + w["bias"]
         z = (batch.score[p] - seen.mean()) / seen.std()
         assert towers[p] == pytest.approx(tower, abs=1e-5)
         assert full[p] == pytest.approx(tower + w["w_score"] * z, abs=1e-5)
@@ -83,7 +87,13 @@ def test_logits_are_the_documented_formula_in_training_and_in_serving():
     for r, user in enumerate(batch.user_row):
         mine = batch.request == r
         rows = batch.item[mine]
-        served = model.score(int(user), batch.item_row[rows], content[batch.content_row[rows]], batch.score[mine])
+        served = model.score(
+            int(user),
+            batch.item_row[rows],
+            content[batch.content_row[rows]],
+            batch.score[mine],
+            batch.history[batch.history_request == r],
+        )
         np.testing.assert_allclose(served, full[mine], atol=1e-5)
 
 
@@ -100,6 +110,38 @@ def test_an_unseen_user_scores_as_the_default_and_an_unseen_item_from_content():
     by_content = model.score(1, new, vectors, None)
     np.testing.assert_array_equal(by_content, model.score(1, np.zeros(5, int), vectors, None))
     assert len(set(by_content.tolist())) == 5
+
+
+def test_what_others_with_the_same_history_clicked_is_told_to_an_unseen_user():
+    """Clicks go to item 2 after item 1 and to item 4 after item 3; contents and users say nothing of it."""
+    trained = learner(config=LossConfig(negatives="pointwise"))
+    rng, content = np.random.default_rng(0), content_of()
+    for _ in range(150):
+        examples = []
+        for user in rng.integers(1, USERS + 1, size=8):
+            liked = rng.choice([1, 3])
+            shown = np.array([2, 4])
+            clicked = (shown == liked + 1).astype(np.float32)
+            nothing = np.zeros(0, np.float32)
+            score = np.full(2, np.nan, np.float32)
+            examples.append(Example(int(user), shown, shown - 1, score, clicked, nothing, nothing, np.array([liked])))
+        trained.step(Batch.collate(examples), content)
+    for liked, better, worse in ((1, 2, 4), (3, 4, 2)):
+        rows = np.array([better, worse])
+        first, second = trained.model.score(0, rows, content[rows - 1], None, np.array([liked]))
+        assert first > second + 1
+
+
+def test_a_history_is_part_of_its_requests_alone():
+    batch = batches(1)[0]
+    sizes = np.bincount(batch.history_request, minlength=len(batch.user_row))
+    assert len(set(sizes.tolist())) > 1
+    for request in range(len(batch.user_row)):
+        own = batch.pairs(batch.request == request)
+        assert own.history.tolist() == batch.history[batch.history_request == request].tolist()
+        assert own.history_request.tolist() == [0] * sizes[request]
+    with pytest.raises(IndexError, match="history: 99"):
+        learner().model(replace(batch, history=np.full_like(batch.history, 99)), content_of())
 
 
 def test_an_untrained_model_ranks_by_the_anchor_score():
@@ -239,7 +281,7 @@ def test_a_forgotten_row_is_as_it_was_before_its_first_step_and_others_stay():
     before = trained.state_tensors()
     trained.forget(users=np.array([2, 5]), items=np.array([7]))
     after = trained.state_tensors()
-    rows = {"users": [2, 5], "items": [7], "item_bias": [7], "effects.items": [7]}
+    rows = {"users": [2, 5], "items": [7], "history": [7], "item_bias": [7], "effects.items": [7]}
     for name, value in before.items():
         table = name if name in rows else name.removeprefix("optimizer.").partition(".")[0]
         expected = value.clone()
@@ -308,8 +350,13 @@ def test_exposed_only_training_equals_training_on_records_without_unexposed():
     for _ in range(6):
         records = [example(rng) for _ in range(4)]
         shown = [
-            Example(
-                e.user_row, e.item_row[:3], e.content_row[:3], e.score[:3], e.clicked, e.label[:0], e.confidence[:0]
+            replace(
+                e,
+                item_row=e.item_row[:3],
+                content_row=e.content_row[:3],
+                score=e.score[:3],
+                label=e.label[:0],
+                confidence=e.confidence[:0],
             )
             for e in records
         ]

@@ -24,7 +24,8 @@ def expected(state: SyntheticState, number: int, request: ScoreRequest) -> dict[
     vectors = state.vectors[rows]
     user = state.users.index(request.user_id)
     cross = max_cosine(state.anchors[request.user_id], vectors)[0]
-    logits = state.network(WIDTH, number).score(user + 1, rows + 1, vectors, cross)
+    liked = np.array([int(item.removeprefix("item-")) for item in state.histories[request.user_id]])
+    logits = state.network(WIDTH, number).score(user + 1, rows + 1, vectors, cross, liked + 1)
     return dict(zip(request.candidates, logits.tolist(), strict=True))
 
 

@@ -65,16 +65,17 @@ def test_schema_and_decoder_agree_on_an_example():
 
 def test_labels_carry_every_field_on_the_wire():
     label = Label(
-        "r",
-        0,
-        "u",
-        1,
-        "no_anchors",
-        contracts.Exposed(["a"], [1], [None]),
-        contracts.Unexposed([], [], [], []),
-        contracts.Provenance((0, 1), [], 1, 0, None, None, "e", "q", None, None, "c", None),
+        request_id="r",
+        revision=0,
+        user_id="u",
+        ts=1,
+        outcome="no_anchors",
+        exposed=contracts.Exposed(["a"], [1], [None]),
+        unexposed=contracts.Unexposed([], [], [], []),
+        provenance=contracts.Provenance((0, 1), [], 1, 0, None, None, "e", "q", None, None, "c", None),
     )
     data = json.loads(encode(label))
+    assert data["history"] == []
     assert data["exposed"] == {"item": ["a"], "clicked": [1], "score": [None]}
     assert data["provenance"]["anchors_ts"] is None
     jsonschema.validate(data, contracts.json_schema("labels"))

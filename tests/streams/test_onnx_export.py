@@ -47,7 +47,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> models.ModelStore:
             score = (CONTENT[rows] @ likes[user]).astype(np.float32)
             label, confidence = (1 + score[4:]) / 2, np.full(8, 0.5, np.float32)
             examples.append(
-                Example(int(user), rows, rows, score, (score[:4] > 0).astype(np.float32), label, confidence)
+                Example(
+                    int(user),
+                    rows,
+                    rows,
+                    score,
+                    (score[:4] > 0).astype(np.float32),
+                    label,
+                    confidence,
+                    history=rng.integers(1, ITEMS + 1, size=rng.integers(0, 4)),
+                )
             )
         learner.step(Batch.collate(examples), CONTENT)
     store = models.ModelStore(tmp_path_factory.mktemp("models"))
@@ -79,6 +88,8 @@ def test_the_graph_gives_the_networks_scores(
     session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
     network = PreRanker(DIM, 6, seed=9)
     network.load_state_tensors(published.weights)
+    assert network.history.abs().max() > 0.01
+    rng = np.random.default_rng(5)
     known = np.array([1 + ids["items"].index(f"i{n}") for n in (3, 0, 39)])
     for user_row in (1 + ids["users"].index("u5"), 0):  # of the table, unknown
         for item_row in (known, np.array([0, 7, 0, 0]), np.array([0])):  # known, new items among them, one
@@ -89,15 +100,17 @@ def test_the_graph_gives_the_networks_scores(
                 if k:
                     anchors = PreparedAnchors.build(unit(k, 4), logprobs, np.ones(k, np.float32), 1, matching)
                     cross = labeller.score(anchors, content)[0]
+                liked = rng.integers(1, ITEMS + 1, size=k)
                 fed: dict[str, Any] = {
                     "user_row": np.array(user_row),
+                    "history_row": liked,
                     "item_row": item_row,
                     "content": content,
                     "anchors": unit(k, 4) if k else np.zeros((0, DIM), np.float32),
                 }
                 if matching.matching == "kernel":
                     fed["anchor_logprob"] = logprobs
-                expected = network.score(user_row, item_row, content, cross)
+                expected = network.score(user_row, item_row, content, cross, liked)
                 np.testing.assert_allclose(session.run(None, fed)[0], expected, rtol=0, atol=1e-5)
 
 

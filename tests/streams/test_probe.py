@@ -11,13 +11,14 @@ from streams.models import NO_PROBE, Probe
 from streams.trainer import probe
 from streams.trainer.start import StartFrom
 
-ASKED = Probe(["u", "v"], [["a", "b", "c"], ["d", "a"]], [[0.5, None, 0.1], [None, 0.2]], [])
+ASKED = Probe(["u", "v"], [["z"], []], [["a", "b", "c"], ["d", "a"]], [[0.5, None, 0.1], [None, 0.2]], [])
 
 
 def model(of: dict[str, float]) -> Any:
     """Scores by item; an item that it does not name is unknown."""
 
-    def score(user: str, items: list[str], raw: np.ndarray) -> Any:
+    def score(user: str, history: list[str], items: list[str], raw: np.ndarray) -> Any:
+        assert history == {"u": ["z"], "v": []}[user]
         return np.array([of.get(i, 0.0) for i in items], np.float32), np.array([i in of for i in items])
 
     return score
@@ -32,6 +33,7 @@ def test_a_model_agrees_with_itself_and_unknown_items_are_left_out() -> None:
     same = probe.compare(answered, model(BASE))
     assert same == {"finite": 1.0, "psi": 0.0, "agreement": pytest.approx(1.0)}
     fewer = probe.answered(ASKED, model({"a": 1.0, "d": 4.0}))
+    assert fewer.history == ASKED.history
     assert (fewer.items, fewer.score) == ([["a"], ["d", "a"]], [[0.5], [None, 0.2]])
     assert "agreement" not in probe.compare(fewer, model(BASE))  # no request of three items
     assert probe.compare(answered, model({})) == {} and probe.compare(NO_PROBE, model(BASE)) == {}

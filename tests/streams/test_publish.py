@@ -24,13 +24,13 @@ SETTINGS = TrainerSettings(publish_min_records=10, publish_max_regression=0.1)
 
 
 FEED = Feed(requests=10, exposures=100, clicks=20, of_one_user=2)
-ASKED = models.Probe(["u1"], [["i1", "i2", "i3", "i4"]], [[0.1, None, 0.3, 0.2]], [])
+ASKED = models.Probe(["u1"], [["i9"]], [["i1", "i2", "i3", "i4"]], [[0.1, None, 0.3, 0.2]], [])
 
 
 def scores(logits: list[float]) -> Any:
     """A model that scores whatever it is asked so, and knows i1 to i4."""
 
-    def score(user: str, items: list[str], raw: Any) -> Any:
+    def score(user: str, history: list[str], items: list[str], raw: Any) -> Any:
         return np.array([logits[int(item[1:]) - 1] for item in items], np.float32), np.ones(len(items), bool)
 
     return score
@@ -125,7 +125,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> models.ModelStore:
 
 
 def test_a_published_model_reads_back_exactly(store: models.ModelStore) -> None:
-    probe = models.Probe(["u1"], [["i1"]], [[None]], [[0.25]])
+    probe = models.Probe(["u1"], [["i9"]], [["i1"]], [[None]], [[0.25]])
     uri, checksum = store.write(manifest(), candidate().weights, candidate().ids, probe)
     published = models.read(uri, checksum)
     assert (published.ids, published.probe) == (candidate().ids, probe)

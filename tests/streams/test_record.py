@@ -95,6 +95,7 @@ def test_equals_a_plain_recomputation(seed):
     assert label.exposed.score[3] is None
     known_scores = [row[0] for row in expected(world, ["i2", "i5", "i35"], calibration)]
     np.testing.assert_allclose(label.exposed.score[:3], known_scores, atol=1e-5)
+    assert label.history == world.anchors.history == ["i0"]
     assert label.provenance.recall == (4, 7)
     assert label.provenance.candidates == 31
     assert label.provenance.unknown == 2
@@ -107,11 +108,12 @@ def test_without_anchors_nothing_is_pseudo_labelled_and_the_record_says_so(empty
     world = World()
     anchors = None
     if empty_record:
-        nothing = contracts.UserAnchors("u", 1, 1, [], [], b"", [], [], "g", "q", "e")
+        nothing = contracts.UserAnchors("u", 1, 1, [], [], b"", [], ["i3"], "g", "q", "e")
         anchors = anchor_set(nothing, DIM, LEVELS, Config())
     label = make_label(joined(["i1", "i2"], {"i1": True}), 0, anchors, None, world.lookup, VERSIONS)
     assert label.outcome == "no_anchors"
     assert label.unexposed.item == []
+    assert label.history == []
     assert label.exposed.score == [None]
     assert label.provenance.generator is None
     assert label.provenance.calibration is None

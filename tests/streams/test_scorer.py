@@ -31,6 +31,7 @@ DIM, LEVELS = 8, 2
 FRAME = Frame(DIM, LEVELS, "encoder-1", "quantiser-1")
 ITEMS = [f"i{n}" for n in range(12)]
 USERS = ["u1", "u2"]
+HISTORY = ["i2", "i9", "gone", "i5"]  # of users with anchors; the model knows the first and the last
 
 
 @dataclass
@@ -76,7 +77,7 @@ class World:
             [-1.0] * k,
             vector_bytes(vectors),
             [0.5] * k,
-            [],
+            HISTORY,
             "g",
             "quantiser-1",
             "encoder-1",
@@ -90,7 +91,7 @@ class World:
         rng = np.random.default_rng(seed)
         network.observe(rng.normal(size=50).astype(np.float32))
         for name, parameter in network.named_parameters():
-            rows = {"users": 3, "items": 8, "item_bias": 8}.get(name)
+            rows = {"users": 3, "items": 8, "history": 8, "item_bias": 8}.get(name)
             values = parameter.data if rows is None else parameter.data[1:rows]
             values += values.new_tensor(rng.normal(size=tuple(values.shape)))
         number = 1 + len(models.ModelStore(self.directory).versions())
@@ -131,6 +132,8 @@ def by_formula(network: PreRanker, user_id: str, item_id: str, anchors: np.ndarr
     item_row = ITEMS.index(item_id) + 1 if item_id in ITEMS[:7] else 0
     vector = VECTORS[item_id].astype(np.float64)
     user = weights["default"] + weights["users"][user_row]
+    if anchors is not None:
+        user = user + (weights["history"][3] + weights["history"][6]) / np.sqrt(2)
     tower = user @ (weights["content"] @ vector + weights["items"][item_row])
     tower += weights["item_bias"][item_row, 0] + weights["bias"]
     if anchors is None:
@@ -211,7 +214,8 @@ def test_a_user_who_comes_again_is_scored_on_what_holds_then(world: World) -> No
     assert by_item["i2"] is None
     for item_id in ("i10", "i7"):
         assert by_item[item_id] == pytest.approx(by_formula(network, "u1", item_id, unit(3, 7)), abs=1e-5)
-    moved = network.score(1, np.array([2]), VECTORS["i11"][None], (VECTORS["i11"] @ unit(3, 7).T).max(keepdims=True))
+    cosine = (VECTORS["i11"] @ unit(3, 7).T).max(keepdims=True)
+    moved = network.score(1, np.array([2]), VECTORS["i11"][None], cosine, np.array([3, 6]))
     assert by_item["i1"] == pytest.approx(float(moved[0]), abs=1e-5)
 
 

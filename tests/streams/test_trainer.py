@@ -61,12 +61,14 @@ def label(
 ) -> Label:
     likes = LIKES[int(user_id[1:])]
     cosine = {f"i{n}": round(float(VECTORS[n] @ likes), 6) for n in range(ITEMS)}
+    liked = np.argsort(-(VECTORS @ likes))[: 1 + len(request_id) % 4]  # some of what is near the user's taste
     return Label(
         request_id=request_id,
         revision=revision,
         user_id=user_id,
         ts=ts,
         outcome="labelled" if unexposed else "no_anchors",
+        history=[f"i{n}" for n in liked.tolist()] if unexposed else [],
         exposed=Exposed(list(exposed), list(exposed.values()), [cosine.get(item) for item in exposed]),
         unexposed=Unexposed(
             item=list(unexposed),
@@ -382,7 +384,9 @@ def test_every_batch_is_scored_before_it_is_trained_on(catalogue: Catalogue) -> 
     network.grow(trainer._users.size, trainer._items.size)
     network = copy.deepcopy(network)
     network.observe(scores)  # the step standardises by what it has seen, the batch included
-    logits = network.score(trainer._users.row("u3"), rows, catalogue.lookup(items)[1], scores)
+    liked = trainer._items.rows(asked.history)
+    assert len(liked) and liked.all()
+    logits = network.score(trainer._users.row("u3"), rows, catalogue.lookup(items)[1], scores, liked)
     lines = trainer.step([asked])
     shown = [line for line in lines if line["kind"] == "score"]
     assert [(line["item"], line["clicked"]) for line in shown] == [("i1", 1), ("i2", 0), ("i3", 1)]

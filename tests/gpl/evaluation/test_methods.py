@@ -124,6 +124,16 @@ def test_settings_are_searched_one_after_the_other() -> None:
     assert all(m.like is None or m.like in BY_NAME for m in METHODS)
 
 
+def test_the_best_of_several_starts_is_taken() -> None:
+    """From (0, 0) no single step leads uphill to (1, 1)."""
+    hills = {(0, 0): 0.2, (1, 0): 0.1, (0, 1): 0.1, (1, 1): 0.3}
+    grid = {"a": (0, 1), "b": (0, 1)}
+    for starts, best in ((({},), (0, 0)), (({}, {"a": 1, "b": 1}), (1, 1)), (({"a": 1, "b": 1}, {}), (1, 1))):
+        method = Method("m", "M", "gpl", lambda: None, grid, starts=starts)  # type: ignore[arg-type, return-value]
+        chosen = method.tuned({"a": 0, "b": 0}, lambda s: hills[s["a"], s["b"]])
+        assert (chosen["a"], chosen["b"]) == best
+
+
 def test_confidence_bins_cover_what_labels_call_good(bench: Bench) -> None:
     bins = reliability(bench, {"generator": "history"})
     assert len(bins) == 10
