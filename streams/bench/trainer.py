@@ -200,13 +200,16 @@ def throughput(workload: Workload, values: list[bytes], warm: int, settings: Set
     """
     own = settings.trainer
     gc.freeze()  # as the trainer does
-    return Comparison(
-        _bare(workload, values, warm, own),
-        _in_memory(workload, values, warm, own),
-        _from_kafka(workload, len(values), warm, settings),
-        _over_ranks(workload, len(values), warm, settings, ranks),
-        ranks,
-    )
+    try:
+        return Comparison(
+            _bare(workload, values, warm, own),
+            _in_memory(workload, values, warm, own),
+            _from_kafka(workload, len(values), warm, settings),
+            _over_ranks(workload, len(values), warm, settings, ranks),
+            ranks,
+        )
+    finally:
+        gc.unfreeze()
 
 
 def _bare(workload: Workload, values: list[bytes], warm: int, settings: TrainerSettings) -> Throughput:

@@ -98,6 +98,8 @@ def run(
             log.error("halted", why=str(why))
             stop.wait()
             return
+        finally:
+            gc.unfreeze()  # or torch's native parts, never let go of, are reported as leaks when the process ends
         loop.finish()
 
 
