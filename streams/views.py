@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import sys
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -51,6 +52,11 @@ def prepared_anchors(record: UserAnchors, dim: int, levels: int, config: labelle
         levels,
         config,
     )
+
+
+def history_of(record: UserAnchors) -> list[str]:
+    """The items that a record's anchors were made of, to be held: users liked the same ones, so ids are shared."""
+    return list(map(sys.intern, record.history))
 
 
 def calibration_of(record: Calibration | None) -> calibration.Fitted:

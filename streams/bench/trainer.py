@@ -31,7 +31,7 @@ from streams.contracts import Exposed, ItemVector, Label, ModelUpdate, Provenanc
 from streams.frame import Frame
 from streams.kafka import producer
 from streams.log_view import LogView
-from streams.settings import KafkaSettings, Settings, TrainerSettings
+from streams.settings import GeneratorSettings, KafkaSettings, Settings, TrainerSettings
 from streams.storage import open_storage
 from streams.topics import full_name
 from streams.trainer import intake, loop
@@ -43,7 +43,7 @@ from streams.trainer.start import StartFrom
 from streams.trainer.trainer import Trainer
 from streams.views import vector_bytes
 
-_HISTORY = 50
+_HISTORY = GeneratorSettings().history
 """Items of a user's history: what the generator reads by default."""
 
 

@@ -18,14 +18,14 @@ from gpl.catalogue import ItemContent
 from gpl.fit import Event, FitOptions, fit
 from streams.contracts import Calibration, Feedback, ItemVector, Recall, UserAnchors, encode
 from streams.kafka import producer
-from streams.settings import KafkaSettings
+from streams.settings import GeneratorSettings, KafkaSettings
 from streams.topics import full_name
 from streams.views import vector_bytes
 
 Sent = tuple[str, bytes, bytes, int | None]
 """Topic, key, value and partition (None: the key's) of a record, ready to be produced."""
 
-_HISTORY = 50
+_HISTORY = GeneratorSettings().history
 """Items of a user's history: what the generator reads by default."""
 FITTED_ITEMS = 2_000
 """Items that space and quantiser are fitted on; those of the catalogue are drawn in the same space."""

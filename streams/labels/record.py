@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from gpl.labels import labeller
 from streams import contracts
 from streams.labels.code import code_version
 from streams.labels.joiner import Joined
-from streams.views import calibration_of, prepared_anchors
+from streams.views import calibration_of, history_of, prepared_anchors
 
 Lookup = Callable[[list[str]], tuple[list[str], NDArray[np.float32]]]
 """ids -> the known among them, in order, and their vectors (n, dim)."""
@@ -62,8 +61,7 @@ def anchor_set(record: contracts.UserAnchors, dim: int, levels: int, config: lab
         prepared = prepared_anchors(record, dim, levels, config)
     said = msgspec.json.encode([record.vectors, record.logprob, record.history_factor])
     digest = hashlib.blake2b(said, digest_size=6).hexdigest()
-    history = list(map(sys.intern, record.history))  # many users liked the same items
-    return AnchorSet(record.ts, record.version, record.generator, prepared, history, digest)
+    return AnchorSet(record.ts, record.version, record.generator, prepared, history_of(record), digest)
 
 
 def make_label(

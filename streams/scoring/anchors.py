@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from gpl.labels.matching import Floats, Ints, softmax
 from streams.contracts import UserAnchors, decode
 from streams.frame import Frame
 from streams.settings import LabelSettings
-from streams.views import labeller_config, prepared_anchors
+from streams.views import history_of, labeller_config, prepared_anchors
 
 _BLOCK = 128
 """Rows at a time: 128 x 384 float32 values stay in a core's second-level cache."""
@@ -53,8 +52,7 @@ class AnchorCache:
             self._by_user.pop(anchors.user_id, None)
             return
         prepared = prepared_anchors(anchors, self._frame.dim, self._frame.levels, self._config)
-        history = list(map(sys.intern, anchors.history))  # many users liked the same items
-        self._by_user[anchors.user_id] = Held(anchors.ts, prepared, history)
+        self._by_user[anchors.user_id] = Held(anchors.ts, prepared, history_of(anchors))
 
     def of(self, user_id: str) -> Held | None:
         return self._by_user.get(user_id)
