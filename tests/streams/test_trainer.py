@@ -147,6 +147,10 @@ def test_a_sound_label_becomes_its_columns() -> None:
     assert (found.space, found.items, found.shown) == (("encoder-1", "quantiser-1"), ["i1", "i2", "i3"], 2)
     assert np.array_equal(found.score, np.array(sound.exposed.score + sound.unexposed.score, np.float32))
     assert found.clicked.tolist() == [1, 0] and found.confidence.tolist() == [0.5]
+    assert len(sound.history) > 0 and found.history == sound.history
+    older = json.loads(encode(sound))
+    del older["history"]  # a record from before there was this field
+    assert parse(json.dumps(older).encode()).history == []
     assert np.array_equal(found.label, np.array(sound.unexposed.label, np.float32))
     scoreless = parse(encode(msgspec.structs.replace(sound, exposed=Exposed(["i1"], [0], [None]))))
     assert np.isnan(scoreless.score[0]) and scoreless.clicked.tolist() == [0]
@@ -160,6 +164,7 @@ def test_a_sound_label_becomes_its_columns() -> None:
         (["request_id"], "", "request_id"),
         (["revision"], -1, "revision"),
         (["ts"], -5, "ts"),
+        (["history"], ["i1", ""], "history: 1"),
         (["exposed", "clicked"], [2, 0], "exposed.clicked"),
         (["exposed", "clicked"], [1], "exposed.clicked"),
         (["exposed", "clicked"], [10**400, 0], "exposed.clicked"),
