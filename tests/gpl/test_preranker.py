@@ -144,6 +144,24 @@ def test_a_history_is_part_of_its_requests_alone():
         learner().model(replace(batch, history=np.full_like(batch.history, 99)), content_of())
 
 
+@given(st.lists(st.integers(0, ITEMS), max_size=60), st.integers(0, USERS))
+def test_a_served_user_is_the_trained_one_to_the_last_bit(history: list[int], user: int):
+    model = PreRanker(DIM_CONTENT, DIM, seed=0)
+    model.grow(USERS + 1, ITEMS + 1)
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for table in (model.default, model.users, model.history):
+            table.copy_(torch.randn(table.shape, generator=rng))
+        model.history[0] = 0.0  # unknown
+    one = torch.zeros(1, dtype=torch.int64)
+    bag = torch.nn.functional.embedding_bag(torch.tensor(history, dtype=torch.int64), model.history, one, mode="sum")
+    liked = bag[0].detach() / np.float32(max(len(history), 1) ** 0.5)
+    expected = torch.cat([model.default + model.users[user] + liked, torch.ones(1)]).detach().numpy()
+    np.testing.assert_array_equal(model.user_side(user, np.array(history, np.int64)), expected)
+    with pytest.raises(IndexError, match=f"history: {ITEMS + 1}, expected 0 to {ITEMS}"):
+        model.user_side(user, np.array([*history, ITEMS + 1]))
+
+
 def test_an_untrained_model_ranks_by_the_anchor_score():
     model = PreRanker(DIM_CONTENT, DIM, seed=0)
     scores = np.random.default_rng(0).uniform(-1, 1, 20).astype(np.float32)
