@@ -60,16 +60,18 @@ def markdown(summary: Summary, plots: Sequence[str] = ()) -> str:
 
 
 def _lines(summary: Summary, plots: Sequence[str]) -> Iterator[str]:
-    seeds = summary["settings"]["seeds"]
+    seeds, tuning = summary["settings"]["seeds"], summary["settings"]["tuning"]
+    chosen_with = "first seed" if tuning == 1 else f"first {tuning} seeds, by their mean"
     yield "# Results"
     yield ""
     yield (
         "Written by `gpl evaluate --write`, not by hand. How worlds are made, what each method does and how it is "
         "judged: [evaluation.md](evaluation.md). Figures are means over test users and seeds "
-        f"({len(seeds)}: {', '.join(map(str, seeds))}); settings were chosen on the validation users of the first "
-        "seed, the test users were judged once. Brackets are 95% intervals: for HR, NDCG, AUC over all candidates and "
-        "diversity from a bootstrap over users and seeds at once, for the other columns Student's t over seeds; "
-        "comparisons are paired. Best without pseudo-labels is the best on these test users, which favours the rival."
+        f"({len(seeds)}: {', '.join(map(str, seeds))}); settings were chosen on the validation users of the "
+        f"{chosen_with}; the test users were judged once. Brackets are 95% intervals: for HR, NDCG, AUC over all "
+        "candidates and diversity from a bootstrap over users and seeds at once, for the other columns Student's t "
+        "over seeds; comparisons are paired. Best without pseudo-labels is the best on these test users, which "
+        "favours the rival."
     )
     for one in summary["sets"]:
         yield from _set(one)

@@ -1,8 +1,8 @@
 """A study: data sets x methods x seeds, each combination computed once and kept on disk.
 
-For each data set, settings are chosen on the validation users of the first seed's world; then every method is trained
-on every seed's log and judged once on the test users. What is on disk is keyed by all that it depends on (data, seed,
-settings, the sources that computed it), so a study goes on where it was stopped, and computes anew what changed.
+For each data set, settings are chosen on the validation users of the first few seeds' worlds; then every method is
+trained on every seed's log and judged once on the test users. What is on disk is keyed by all that it depends on (data,
+seed, settings, the sources that computed it), so a study goes on where it was stopped, and computes anew what changed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,14 @@ _GPL_CODE = (*_TRAINED_CODE, "evaluation/generative.py", "labels", "preranker")
 @dataclass(frozen=True)
 class StudyConfig:
     """``datasets``: names of built-in sets, or directories. ``truth``: in place of the directory's own, if there is but
-    one set. ``cache``: where vectors, anchors and results are kept."""
+    one set. ``cache``: where vectors, anchors and results are kept. ``tuning``: how many of the first seeds settings
+    are chosen with, by the mean; one alone left more to chance than settings differ by (docs/evaluation.md)."""
 
     datasets: tuple[str, ...]
     methods: tuple[str, ...]
     cache: Path
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    tuning: int = 3
     truth: Path | None = None
     encoder: str = "all-MiniLM-L6-v2"
     jobs: int = 1
@@ -97,6 +100,8 @@ def run(config: StudyConfig, say: Say) -> list[SetResult]:
             raise ValueError(f"method {name!r} is unknown; there are {', '.join(BY_NAME)}")
     if not config.seeds or not config.datasets:
         raise ValueError("a study needs at least one data set and one seed")
+    if config.tuning < 1:
+        raise ValueError(f"tuning: {config.tuning}, expected at least 1")
     if config.truth is not None and len(config.datasets) != 1:
         raise ValueError(f"--truth belongs to one data set, {len(config.datasets)} are given")
     for name in config.datasets:  # encoded once, before processes share the work
@@ -130,7 +135,7 @@ class _Work:
 
     def __init__(self, config: StudyConfig, name: str, seed: int) -> None:
         one_thread()
-        self.config, self.seed = config, seed
+        self.config, self.name, self.seed = config, name, seed
         self.dataset = open_dataset(name, config.truth)
         self._fingerprint = dataset_digest(self.dataset)
         self._bench: Bench | None = None
@@ -159,23 +164,32 @@ class _Work:
             yield f"{self.dataset.name} seed {self.seed} {name}: HR@10 {hits:.4f} tail {tail:.4f} ({seconds:.0f} s)"
 
     def settings(self, method: Method) -> dict[str, Any]:
-        """The settings chosen on the first seed's validation users."""
+        """The settings chosen on the validation users, by their mean HR@10 over the tuning seeds."""
         base = self.settings(BY_NAME[method.like]) if method.like is not None else {}
         if not method.grid:
             return {**base, **method.settings}
         searched = [method.name, base, method.starts, method.grid, method.settings]
         grid = json.dumps(searched, default=str)  # the order matters
-        key = _digest(grid, self._common(method), str(self.config.seeds[0]))
+        key = _digest(grid, self._common(method), str(self.config.seeds[: self.config.tuning]))
         path = self.config.cache / "settings" / f"{self.dataset.name}-{method.name}-{key}.json"
         if path.is_file():
             stored: dict[str, Any] = json.loads(path.read_text())
             return stored
         if self.seed != self.config.seeds[0]:
-            raise RuntimeError(f"{path}: missing; settings are chosen with the first seed")
-        chosen = method.tuned(base, lambda s: self.bench.validation.hit_rate(method.run(self.bench, **s)))
+            raise RuntimeError(f"{path}: missing; settings are chosen by the work of the first seed")
+        chosen = method.tuned(base, lambda s: float(np.mean([work.validated(method, s) for work in self._tuning])))
         path.parent.mkdir(parents=True, exist_ok=True)
         written_atomically(path, lambda target: target.write_text(json.dumps(chosen)))
         return chosen
+
+    def validated(self, method: Method, settings: dict[str, Any]) -> float:
+        """HR@10 of the validation users of this seed."""
+        return self.bench.validation.hit_rate(method.run(self.bench, **settings))
+
+    @cached_property
+    def _tuning(self) -> list[_Work]:
+        others = self.config.seeds[1 : self.config.tuning]
+        return [self, *(_Work(self.config, self.name, seed) for seed in others)]
 
     def path(self, method: Method, settings: dict[str, Any]) -> Path:
         key = _digest(json.dumps(settings, sort_keys=True), self._common(method), str(self.seed))
@@ -295,6 +309,7 @@ def settings_of(config: StudyConfig) -> dict[str, Any]:
         "datasets": list(config.datasets),
         "methods": list(config.methods),
         "seeds": list(config.seeds),
+        "tuning": min(config.tuning, len(config.seeds)),
         "encoder": config.encoder,
         "train": asdict(config.train),
         "upstream": asdict(config.upstream),

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from gpl.evaluation import neutral, report
+from gpl.evaluation import neutral, report, study
+from gpl.evaluation.methods import Method
 from gpl.evaluation.study import StudyConfig, run
 from gpl.evaluation.summary import summarise
 from gpl.evaluation.training import TrainConfig
@@ -59,6 +60,33 @@ def test_processes_compute_what_one_does(config: StudyConfig, tmp_path: Path) ->
     for name in QUICK:
         for metric, values in alone.methods[name].per_user.items():
             assert np.array_equal(values, together.methods[name].per_user[metric], equal_nan=True)
+
+
+def test_settings_are_chosen_by_the_mean_over_the_tuning_seeds(
+    config: StudyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Validation hits are made up: each regularisation is best for one seed, and another for their mean."""
+    hits = {
+        100.0: {0: 0.9, 1: 0.0, 2: 0.2},
+        30.0: {0: 0.1, 1: 0.9, 2: 0.0},
+        300.0: {0: 0.6, 1: 0.6, 2: 0.3},
+        1000.0: {0: 0.0, 1: 0.0, 2: 0.9},
+    }
+    asked: list[int] = []
+
+    def made_up(work: study._Work, method: Method, settings: dict[str, float]) -> float:
+        asked.append(work.seed)
+        return hits[settings["regularisation"]][work.seed]
+
+    monkeypatch.setattr(study._Work, "validated", made_up)
+    config = replace(config, methods=("ease",), seeds=(0, 1, 2))
+    for tuning, expected in ((1, 100.0), (2, 300.0), (3, 300.0)):
+        asked.clear()
+        (found,) = run(replace(config, tuning=tuning), lambda _: None)
+        assert found.methods["ease"].settings == {"regularisation": expected}
+        assert set(asked) == set(range(tuning))
+    with pytest.raises(ValueError, match="tuning: 0, expected at least 1"):
+        run(replace(config, tuning=0), print)
 
 
 def test_unknown_methods_and_an_extra_truth_are_errors(config: StudyConfig) -> None:
