@@ -146,7 +146,7 @@ class LabelSettings(Section):
         4 * 2**30, ge=2**20, description="estimated memory of what a worker holds; over it the source ahead is not read"
     )
     matching: Literal["max", "kernel"] = "max"
-    kernel_tau: float = Field(0.1, gt=0)
+    kernel_tau: float = Field(1.0, gt=0)
     dispersion: bool = True
     history: bool = True
     generation: bool = True

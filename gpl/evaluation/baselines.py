@@ -14,7 +14,7 @@ from gpl.evaluation.judge import Scores
 from gpl.evaluation.pairs import Columns, Pairs
 from gpl.evaluation.ranker import teach
 from gpl.evaluation.training import Step, train
-from gpl.labels.labeller import Config
+from gpl.labels.labeller import Config, Matching
 from gpl.preranker.batch import Batch
 from gpl.preranker.learner import Learner
 from gpl.preranker.loss import LossConfig
@@ -23,25 +23,27 @@ _SMOOTHING = 5.0
 _TEACHERS = 3
 
 
-def exposed_only(bench: Bench, generator: Generator | None) -> Scores:
-    """Cross-entropy on what was exposed, nothing else. ``generator`` (here and below): whose anchor score the model
-    has as its cross input; None: it does without."""
+def exposed_only(bench: Bench, generator: Generator | None, matching: Matching = "max") -> Scores:
+    """Cross-entropy on what was exposed, nothing else. ``generator`` and ``matching`` (here and below): whose
+    anchor score the model has as its cross input, and how it is made; None: it does without."""
 
     def step(learner: Learner, batch: Batch, _: Ints) -> None:
         batch = batch.exposed_only()
         if len(batch.request):
             learner.update(_cross_entropy(learner, batch, bench.world.vectors).mean())
 
-    return _fit(bench, "recalled", *_inputs(bench, generator, "recalled"), step)
+    return _fit(bench, "recalled", *_inputs(bench, generator, matching, "recalled"), step)
 
 
-def negatives(bench: Bench, generator: Generator | None, weight: float, source: Source) -> Scores:
+def negatives(
+    bench: Bench, generator: Generator | None, weight: float, source: Source, matching: Matching = "max"
+) -> Scores:
     """Unexposed items as negatives, with the log-odds correction (Yi et al. 2019; Monolith).
 
     Item i is a negative with probability Q(i), so the trained logit would be that of p(i|u) / Q(i): log Q(i) is taken
     off while training, and what is learnt ranks by p.
     """
-    columns, scores_of = _inputs(bench, generator, source)
+    columns, scores_of = _inputs(bench, generator, matching, source)
     pairs, n = bench.pairs(source), bench.world.n_items
     mass = np.where(pairs.exposed, 1.0 - pairs.clicked, weight * bench.hidden_share(source))
     counts = np.bincount(pairs.item, mass, minlength=n) + _SMOOTHING
@@ -59,12 +61,12 @@ def negatives(bench: Bench, generator: Generator | None, weight: float, source: 
     return _fit(bench, source, columns, scores_of, step)
 
 
-def inverse_propensity(bench: Bench, generator: Generator | None, clip: float) -> Scores:
+def inverse_propensity(bench: Bench, generator: Generator | None, clip: float, matching: Matching = "max") -> Scores:
     """Exposed pairs weighted by the inverse of their item's propensity, self-normalised (Schnabel et al. 2016).
 
     The propensity is the item's share of all exposures; weights are clipped at ``clip`` times the least one.
     """
-    columns, scores_of = _inputs(bench, generator, "recalled")
+    columns, scores_of = _inputs(bench, generator, matching, "recalled")
     shown = np.bincount(bench.world.log.exposed.values, minlength=bench.world.n_items) + 1.0
     weight_of = np.minimum(shown.max() / shown, clip).astype(np.float32)
 
@@ -79,21 +81,21 @@ def inverse_propensity(bench: Bench, generator: Generator | None, clip: float) -
     return _fit(bench, "recalled", columns, scores_of, step)
 
 
-def distillation(bench: Bench, generator: Generator | None, weight: float) -> Scores:
+def distillation(bench: Bench, generator: Generator | None, weight: float, matching: Matching = "max") -> Scores:
     """The probabilities of a ranker trained on exposures are the labels of what was not exposed."""
-    return _taught(bench, generator, weight, teachers=1)
+    return _taught(bench, generator, matching, weight, teachers=1)
 
 
-def self_training(bench: Bench, generator: Generator | None, weight: float) -> Scores:
+def self_training(bench: Bench, generator: Generator | None, weight: float, matching: Matching = "max") -> Scores:
     """Distillation from several rankers, and the less they agree, the less a label weighs.
 
     After UKD (Yan et al. 2022): weight exp(-KL), the mean divergence of the rankers from their mean.
     """
-    return _taught(bench, generator, weight, teachers=_TEACHERS)
+    return _taught(bench, generator, matching, weight, teachers=_TEACHERS)
 
 
-def _taught(bench: Bench, generator: Generator | None, weight: float, teachers: int) -> Scores:
-    columns, scores_of = _inputs(bench, generator, "recalled")
+def _taught(bench: Bench, generator: Generator | None, matching: Matching, weight: float, teachers: int) -> Scores:
+    columns, scores_of = _inputs(bench, generator, matching, "recalled")
     seeds = [bench.seed * _TEACHERS + t for t in range(teachers)]
     every = np.stack([teach(bench.world, bench.pairs("recalled"), columns.score, seed) for seed in seeds])
     label = every.mean(axis=0).astype(np.float32)
@@ -119,10 +121,12 @@ def _divergence(every: Floats, mean: Floats) -> Floats:
     return result
 
 
-def _inputs(bench: Bench, generator: Generator | None, source: Source) -> tuple[Columns, Scores | None]:
+def _inputs(
+    bench: Bench, generator: Generator | None, matching: Matching, source: Source
+) -> tuple[Columns, Scores | None]:
     if generator is None:
         return blank(bench.pairs(source)), None
-    labels, scores_of = bench.labels(AnchorSpec(generator), Config(), source)
+    labels, scores_of = bench.labels(AnchorSpec(generator), Config(matching), source)
     zeros = np.zeros_like(labels.score)
     return Columns(labels.score, zeros, zeros), scores_of
 

@@ -14,7 +14,7 @@ from gpl.evaluation.judge import Scores
 from gpl.evaluation.pairs import Columns, Pairs
 from gpl.evaluation.training import train
 from gpl.labels.evidence import Evidence, Reading
-from gpl.labels.labeller import Config
+from gpl.labels.labeller import Config, Matching
 from gpl.preranker.batch import Batch
 from gpl.preranker.learner import Learner
 from gpl.preranker.loss import LossConfig
@@ -31,9 +31,10 @@ class Parts:
     """What of GPL is on. ``weight``: lambda; ``negatives``, ``form``, ``source``: their weight, loss and where they are
     from; ``personal`` as in `LossConfig`. ``sharpness`` of listwise labels: a standard deviation of the anchor score is
     worth one unit of log-odds (full), what the evidence bears out (effect), or next to nothing, whoever the anchors
-    are for (flat). A factor of confidence that is False is left out."""
+    are for (flat). ``matching`` as in the labeller. A factor of confidence that is False is left out."""
 
     generator: Generator = "small-lm"
+    matching: Matching = "max"
     weight: float = 1.0
     negatives: float = 1.0
     form: Literal["softmax", "pointwise"] = "softmax"
@@ -58,7 +59,7 @@ class Parts:
 
     @property
     def labelling(self) -> Config:
-        return Config(dispersion=self.dispersion, history=self.history, generation=self.generation)
+        return Config(self.matching, dispersion=self.dispersion, history=self.history, generation=self.generation)
 
 
 def gpl(bench: Bench, parts: Parts) -> Scores:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gpl.evaluation import baselines, untrained
-from gpl.evaluation.anchors import AnchorSpec
+from gpl.evaluation.anchors import AnchorSpec, Generator
 from gpl.evaluation.bench import Bench
 from gpl.evaluation.generative import Parts, gpl
 from gpl.evaluation.judge import Scores
-from gpl.labels.labeller import Config
+from gpl.labels.labeller import Config, Matching
 
 Group = Literal["untrained", "no pseudo-labels", "pseudo-labels", "gpl", "ablation", "control"]
 Settings = Mapping[str, Any]
@@ -62,28 +62,36 @@ def _ease(bench: Bench, regularisation: float) -> Scores:
     return untrained.ease(bench.world, regularisation)
 
 
-def _anchor(bench: Bench, **spec: Any) -> Scores:
-    return untrained.filled(bench.scores(AnchorSpec(**spec), Config()))
+def _anchor(bench: Bench, generator: Generator, matching: Matching = "max") -> Scores:
+    return untrained.filled(bench.scores(AnchorSpec(generator), Config(matching)))
 
 
 def _gpl(bench: Bench, **parts: Any) -> Scores:
     return gpl(bench, Parts(**parts))
 
 
+def _anchor_alone(name: str, title: str, generator: Generator, grid: Mapping[str, tuple[Any, ...]] = {}) -> Method:
+    return Method(name, title, "untrained", _anchor, grid, settings={"generator": generator})
+
+
 def _like(name: str, title: str, group: Group, **settings: Any) -> Method:
     return Method(name, title, group, _gpl, like="gpl", settings=settings)
 
 
-def _anchor_alone(name: str, title: str, **spec: Any) -> Method:
-    return Method(name, title, "untrained", _anchor, settings=spec)
-
-
+_MATCHING = {"matching": ("max", "kernel")}
 _OFF = {"dispersion": False, "history": False, "generation": False}
 _NEGATIVES = {"weight": (1.0, 0.3, 3.0), "source": ("recalled", "uniform")}
-_TAUGHT = {"weight": (1.0, 0.3)}
+_SCORE_NEGATIVES = {**_NEGATIVES, **_MATCHING}
+_TAUGHT = {"weight": (1.0, 0.3), **_MATCHING}
 
-_FORM = {"source": ("recalled", "uniform"), "form": ("softmax", "pointwise"), "negatives": (1.0, 3.0, 10.0)}
+_FORM = {
+    "source": ("recalled", "uniform"),
+    "form": ("softmax", "pointwise"),
+    "negatives": (1.0, 3.0, 10.0),
+    **_MATCHING,
+}
 _LABELS = {
+    **_MATCHING,
     "personal": (False, True),
     "sharpness": ("full", "effect"),
     "weight": (0.0, 0.1, 0.3, 1.0, 3.0, 10.0),
@@ -97,9 +105,9 @@ _STARTS: tuple[Settings, ...] = ({}, {"weight": 3.0, "negatives": 1.0, "form": "
 
 METHODS: tuple[Method, ...] = (
     Method("popularity", "Popularity", "untrained", _popularity),
-    _anchor_alone("anchor-history", "Anchor score alone, history clusters", generator="history"),
-    _anchor_alone("anchor-lm", "Anchor score alone, small LM", generator="small-lm"),
-    _anchor_alone("anchor-mean", "Anchor score alone, centred mean history", generator="mean"),
+    _anchor_alone("anchor-history", "Anchor score alone, history clusters", "history", _MATCHING),
+    _anchor_alone("anchor-lm", "Anchor score alone, small LM", "small-lm", _MATCHING),
+    _anchor_alone("anchor-mean", "Anchor score alone, centred mean history", "mean"),
     Method("ease", "EASE", "no pseudo-labels", _ease, {"regularisation": (100.0, 30.0, 300.0, 1000.0)}),
     Method("exposed", "Exposed only", "no pseudo-labels", baselines.exposed_only, settings={"generator": None}),
     Method(
@@ -107,6 +115,7 @@ METHODS: tuple[Method, ...] = (
         "Exposed only, anchor score as input",
         "no pseudo-labels",
         baselines.exposed_only,
+        _MATCHING,
         settings={"generator": "history"},
     ),
     Method(
@@ -122,7 +131,7 @@ METHODS: tuple[Method, ...] = (
         "Negative sampling, anchor score as input",
         "no pseudo-labels",
         baselines.negatives,
-        _NEGATIVES,
+        _SCORE_NEGATIVES,
         settings={"generator": "history"},
     ),
     Method(
@@ -138,7 +147,7 @@ METHODS: tuple[Method, ...] = (
         "Inverse propensity, anchor score as input",
         "no pseudo-labels",
         baselines.inverse_propensity,
-        {"clip": (10.0, 100.0)},
+        {"clip": (10.0, 100.0), **_MATCHING},
         settings={"generator": "history"},
     ),
     Method(

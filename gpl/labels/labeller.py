@@ -11,13 +11,15 @@ from gpl.labels.calibration import Calibration
 from gpl.labels.confidence import confidence, dispersion_factor, generation_factor
 from gpl.labels.matching import Floats, Ints, kernel, max_cosine
 
+Matching = Literal["max", "kernel"]
+
 
 @dataclass(frozen=True)
 class Config:
     """What a label is made of. Confidence is the geometric mean of the factors that are on."""
 
-    matching: Literal["max", "kernel"] = "max"
-    kernel_tau: float = 0.1
+    matching: Matching = "max"
+    kernel_tau: float = 1.0
     dispersion: bool = True
     history: bool = True
     generation: bool = True
