@@ -88,7 +88,7 @@ def test_close_ends_the_whole_group(tmp_path: Path) -> None:
     child = Child(["sh", "-c", "sleep 86398.25 & echo $!; wait"], tmp_path, log, detached=False)
     assert wait_until(lambda: log.read_text().endswith("\n"), 10)
     grandchild = int(log.read_text())
-    assert is_running(grandchild, "86398.25")
+    assert wait_until(lambda: is_running(grandchild, "86398.25"), 10)  # while it becomes sleep it has no command line
     child.close()
     assert not child.alive()
     assert wait_until(lambda: not is_running(grandchild, "86398.25"), 10)

@@ -59,7 +59,7 @@ def test_the_steps_give_the_recorded_label(world: World, settings: Any):
         if settings is SETTINGS:
             assert steps["score"] == pytest.approx(max(cosines), abs=1e-6)
         else:
-            total = sum(a["probability"] * math.exp((a["cosine"] - 1) / 0.1) for a in anchors)
+            total = sum(a["probability"] * math.exp((a["cosine"] - 1) / settings.labels.kernel_tau) for a in anchors)
             assert steps["score"] == pytest.approx(total, abs=1e-5)
         assert told["verdict"]["equal"] is True
         assert told["recorded"]["item"] == told["recomputed"]["item"]
