@@ -152,12 +152,17 @@ class PreRanker(nn.Module):
     @torch.no_grad()
     def combine(self, towers: Floats, anchor_score: Floats | None) -> Floats:
         """Logits (n,) from the products (n,) of the two sides and the raw anchor scores, as in :meth:`score`."""
-        if anchor_score is None:
-            anchor_score = np.full(len(towers), np.nan, dtype=np.float32)
-        elif anchor_score.shape != towers.shape:
+        if anchor_score is not None and anchor_score.shape != towers.shape:
             raise ValueError(f"anchor_score: shape {anchor_score.shape}, expected {towers.shape}")
-        scores = torch.from_numpy(np.ascontiguousarray(anchor_score, dtype=np.float32))
-        logits: Floats = self._combine(torch.from_numpy(towers) + self.bias, scores).full.numpy()
+        bias, w_score, w_missing = (p.numpy(force=True) for p in (self.bias, self.w_score, self.w_missing))
+        # As _combine, and by numpy for the reason that user_side has.
+        towers = towers + bias
+        if anchor_score is None:
+            return np.asarray(towers + w_missing)
+        mean, spread = self._score_scale()
+        z = (anchor_score - np.float32(mean)) / np.float32(spread)
+        missing = np.isnan(anchor_score)
+        logits: Floats = towers + w_score * np.where(missing, np.float32(0.0), z) + w_missing * missing
         return logits
 
     def state_tensors(self) -> dict[str, Tensor]:
@@ -215,10 +220,13 @@ class PreRanker(nn.Module):
 
     def _combine(self, towers: Tensor, score: Tensor) -> Logits:
         missing = score.isnan()
-        count, mean, squares = self.score_moments.tolist()
-        spread = max((squares / count) ** 0.5, _MIN_SPREAD) if squares > 0 else 1.0
+        mean, spread = self._score_scale()
         z = ((score - mean) / spread).masked_fill(missing, 0.0)
         return Logits(towers + self.w_score * z + self.w_missing * missing, towers)
+
+    def _score_scale(self) -> tuple[float, float]:
+        count, mean, squares = self.score_moments.tolist()
+        return mean, max((squares / count) ** 0.5, _MIN_SPREAD) if squares > 0 else 1.0
 
 
 def gather_content(content: Floats, rows: Ints) -> Tensor:

@@ -10,15 +10,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from gpl.labels.matching import Floats
 from gpl.preranker.model import PreRanker
 from streams import models
 from streams.contracts import ItemVector, ModelUpdate, Record, UserAnchors
 from streams.frame import Frame
+from streams.settings import GeneratorSettings
 from streams.views import vector_bytes
 
 LEVELS = 3
+_HISTORY = GeneratorSettings().history
+
+
+def drawn_history(cumulative: NDArray[np.float64], rng: np.random.Generator) -> list[str]:
+    """A history as long as generators read by default, of items drawn by popularity, ``cumulative`` (N,) shares."""
+    return [f"item-{i}" for i in np.searchsorted(cumulative, rng.random(_HISTORY)).tolist()]
 
 
 class SyntheticState:

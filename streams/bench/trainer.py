@@ -27,11 +27,12 @@ from gpl.preranker.learner import Learner
 from gpl.preranker.loss import LossConfig
 from gpl.preranker.model import PreRanker
 from streams import topics
+from streams.bench.synthetic import drawn_history
 from streams.contracts import Exposed, ItemVector, Label, ModelUpdate, Provenance, Unexposed, decode, encode
 from streams.frame import Frame
 from streams.kafka import producer
 from streams.log_view import LogView
-from streams.settings import GeneratorSettings, KafkaSettings, Settings, TrainerSettings
+from streams.settings import KafkaSettings, Settings, TrainerSettings
 from streams.storage import open_storage
 from streams.topics import full_name
 from streams.trainer import intake, loop
@@ -42,9 +43,6 @@ from streams.trainer.group import Group, Processes
 from streams.trainer.start import StartFrom
 from streams.trainer.trainer import Trainer
 from streams.views import vector_bytes
-
-_HISTORY = GeneratorSettings().history
-"""Items of a user's history: what the generator reads by default."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ class Workload:
             user_id=f"user-{user}",
             ts=1_700_000_000_000 + n,
             outcome="labelled",
-            history=[f"item-{i}" for i in np.searchsorted(self._cumulative, rng.random(_HISTORY)).tolist()],
+            history=drawn_history(self._cumulative, rng),
             exposed=Exposed(names[:shown], clicked.astype(int).tolist(), cosine[:shown].tolist()),
             unexposed=Unexposed(
                 names[shown:],

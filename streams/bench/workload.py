@@ -16,17 +16,16 @@ from numpy.typing import NDArray
 from gpl.artefacts import Artefacts
 from gpl.catalogue import ItemContent
 from gpl.fit import Event, FitOptions, fit
+from streams.bench.synthetic import drawn_history
 from streams.contracts import Calibration, Feedback, ItemVector, Recall, UserAnchors, encode
 from streams.kafka import producer
-from streams.settings import GeneratorSettings, KafkaSettings
+from streams.settings import KafkaSettings
 from streams.topics import full_name
 from streams.views import vector_bytes
 
 Sent = tuple[str, bytes, bytes, int | None]
 """Topic, key, value and partition (None: the key's) of a record, ready to be produced."""
 
-_HISTORY = GeneratorSettings().history
-"""Items of a user's history: what the generator reads by default."""
 FITTED_ITEMS = 2_000
 """Items that space and quantiser are fitted on; those of the catalogue are drawn in the same space."""
 
@@ -84,7 +83,7 @@ class Workload:
                     logprob=np.linspace(-1, -6, load.anchors).round(6).tolist(),
                     vectors=vector_bytes(_unit(rng, load.anchors, load.dim)),
                     history_factor=rng.uniform(0, 1, load.anchors).round(6).tolist(),
-                    history=[f"item-{i}" for i in np.searchsorted(self._popular, rng.random(_HISTORY)).tolist()],
+                    history=drawn_history(self._popular, rng),
                     generator="bench",
                     quantiser=self._quantiser,
                     encoder=self._encoder,

@@ -7,8 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from safetensors.torch import load, save
 
+from gpl.labels.matching import Floats
 from gpl.preranker.batch import Batch, Example
 from gpl.preranker.learner import Learner
 from gpl.preranker.loss import LossConfig
@@ -160,6 +162,21 @@ def test_a_served_user_is_the_trained_one_to_the_last_bit(history: list[int], us
     np.testing.assert_array_equal(model.user_side(user, np.array(history, np.int64)), expected)
     with pytest.raises(IndexError, match=f"history: {ITEMS + 1}, expected 0 to {ITEMS}"):
         model.user_side(user, np.array([*history, ITEMS + 1]))
+
+
+@given(hnp.arrays(np.float32, st.integers(0, 40), elements=st.floats(-1, 1, width=32) | st.just(np.nan)), st.data())
+def test_a_served_logit_is_the_trained_one_to_the_last_bit(scores: Floats, data: st.DataObject):
+    model = PreRanker(DIM_CONTENT, DIM, seed=0)
+    weights = st.floats(-8, 8, width=32)
+    with torch.no_grad():
+        for weight in (model.bias, model.w_score, model.w_missing):
+            weight.fill_(data.draw(weights))
+    model.observe(data.draw(hnp.arrays(np.float32, st.integers(0, 5), elements=st.floats(-1, 1, width=32))))
+    towers = data.draw(hnp.arrays(np.float32, len(scores), elements=st.floats(-99, 99, width=32)))
+    for some in (scores, np.full_like(scores, np.nan)):
+        trained = model._combine(torch.from_numpy(towers) + model.bias, torch.from_numpy(some)).full.detach().numpy()
+        np.testing.assert_array_equal(model.combine(towers, some), trained)
+    np.testing.assert_array_equal(model.combine(towers, None), trained)
 
 
 def test_an_untrained_model_ranks_by_the_anchor_score():
