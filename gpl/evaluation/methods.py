@@ -81,7 +81,6 @@ def _like(name: str, title: str, group: Group, **settings: Any) -> Method:
 _MATCHING = {"matching": ("max", "kernel")}
 _OFF = {"dispersion": False, "history": False, "generation": False}
 _NEGATIVES = {"weight": (1.0, 0.3, 3.0), "source": ("recalled", "uniform")}
-_SCORE_NEGATIVES = {**_NEGATIVES, **_MATCHING}
 _TAUGHT = {"weight": (1.0, 0.3), **_MATCHING}
 
 _FORM = {
@@ -91,7 +90,6 @@ _FORM = {
     **_MATCHING,
 }
 _LABELS = {
-    **_MATCHING,
     "personal": (False, True),
     "sharpness": ("full", "effect"),
     "weight": (0.0, 0.1, 0.3, 1.0, 3.0, 10.0),
@@ -131,7 +129,7 @@ METHODS: tuple[Method, ...] = (
         "Negative sampling, anchor score as input",
         "no pseudo-labels",
         baselines.negatives,
-        _SCORE_NEGATIVES,
+        {**_NEGATIVES, **_MATCHING},
         settings={"generator": "history"},
     ),
     Method(
@@ -166,7 +164,7 @@ METHODS: tuple[Method, ...] = (
         _TAUGHT,
         settings={"generator": "history"},
     ),
-    Method("gpl", "GPL", "gpl", _gpl, _LABELS, like="no-labels", settings=_RECALLED, starts=_STARTS),
+    Method("gpl", "GPL", "gpl", _gpl, {**_MATCHING, **_LABELS}, like="no-labels", settings=_RECALLED, starts=_STARTS),
     Method(
         "mean-labels",
         "Mean-history labels instead of a generator's",

@@ -24,7 +24,8 @@ Step = Callable[[Learner, Batch, Ints], None]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The same for all trained methods. ``hidden``: unexposed pairs of a request in an epoch; another stretch each.
+    """The same for all trained methods. ``hidden``: unexposed pairs of a request in an epoch, another stretch each; 60
+    are all that a simulated recall leaves, as the stream trains on all.
 
     Training stops when HR@10 of the validation users has not risen for ``patience`` epochs; the best epoch is kept.
     """
@@ -33,7 +34,7 @@ class TrainConfig:
     learning_rate: float = 1e-2
     weight_decay: float = 1e-3
     batch_requests: int = 256
-    hidden: int = 15
+    hidden: int = 60
     epochs: int = 10
     patience: int = 2
 
