@@ -5,6 +5,7 @@ What it had sent, or sends next, would be said twice: the new owner has said it.
 transactions only, which would make every label wait for a commit. So records leave the process only while the group is
 known to count it as a member: for the session's length from when a heartbeat was sent that was answered. Else they
 wait for the next one, or are dropped with the partitions. A request that is in the network by then is out of reach.
+The producer's own loop may be stopped between taking a batch and writing it, so both moments look.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaError, NodeNotReadyError
 from aiokafka.producer.transaction_manager import NO_PRODUCER_EPOCH, NO_PRODUCER_ID, PidAndEpoch
+from aiokafka.protocol.produce import ProduceRequest
 
 LOOK_AGAIN = 0.05
 """Seconds until records that wait for the lease are looked at again."""
@@ -73,8 +75,8 @@ class Lease:
 def send_while_held(producer: Any, lease: Lease) -> None:
     """Let ``producer`` (an idempotent AIOKafkaProducer, not started) hand nothing to the network while it is not held,
     and nothing again that `drop_unsent` has met."""
-    accumulator = producer._message_accumulator
-    drain, again = accumulator.drain_by_nodes, accumulator.reenqueue
+    accumulator, client = producer._message_accumulator, producer.client
+    drain, again, write = accumulator.drain_by_nodes, accumulator.reenqueue, client.send
 
     def drain_if_held(ignore_nodes: Any, muted_partitions: Any = frozenset()) -> Any:
         if lease.held():
@@ -89,7 +91,15 @@ def send_while_held(producer: Any, lease: Lease) -> None:
         else:
             again(batch)
 
+    async def write_if_held(node_id: int, request: Any, **options: Any) -> Any:
+        if isinstance(request, ProduceRequest):
+            await client.ready(node_id, **options)  # connects where it must: from here to the writing nothing waits
+            if not lease.held():
+                raise NodeNotReadyError("not known as a member")  # what is in it comes back, to wait or be dropped
+        return await write(node_id, request, **options)
+
     accumulator.drain_by_nodes, accumulator.reenqueue = drain_if_held, again_if_wanted
+    client.send = write_if_held
 
 
 def drop_unsent(producer: Any) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -133,8 +134,8 @@ class Outcome:
     labels: dict[str, bytes]
     anchors: dict[tuple[str, int], bytes]
     vectors: dict[str, bytes]
-    twice: list[object]
-    """Labels of one (request, revision) and anchors of one (user, version) that were published again."""
+    twice: list[str]
+    """Labels of one (request, revision) and anchors of one (user, version) that were published again, and when."""
 
     def same_as(self, other: Outcome) -> bool:
         return (self.labels, self.anchors, self.vectors) == (other.labels, other.anchors, other.vectors)
@@ -169,9 +170,9 @@ class Follower:
         self._final: dict[str, Label] = {}
         self._anchors: dict[tuple[str, int], bytes] = {}
         self._vectors: dict[str, bytes] = {}
-        self._seen: set[tuple[str, int]] = set()
+        self._seen: dict[tuple[str, tuple[str, int]], str] = {}
         self._ends: dict[tuple[str, int], int] = {}
-        self._twice: list[object] = []
+        self._twice: list[str] = []
         self.label_times: list[tuple[int, int]] = []
         """Partition and Kafka milliseconds of every label record."""
 
@@ -192,25 +193,28 @@ class Follower:
             list(self._twice),
         )
 
-    def _take(self, topic: str, record: object) -> None:
-        value = record.value  # type: ignore[attr-defined]
+    def _take(self, topic: str, record: Any) -> None:
+        value = record.value
         if topic == "item-vectors":
-            self._vectors[record.key.decode()] = value  # type: ignore[attr-defined]
+            self._vectors[record.key.decode()] = value
         elif topic == "user-anchors":
             anchors = decode(UserAnchors, value)
-            key = (anchors.user_id, anchors.version)
-            if key in self._anchors:
-                self._twice.append(key)
-            self._anchors[key] = value
+            self._look_for((anchors.user_id, anchors.version), record)
+            self._anchors[anchors.user_id, anchors.version] = value
         else:
             label = decode(Label, value)
-            self.label_times.append((record.partition, record.timestamp))  # type: ignore[attr-defined]
-            if (label.request_id, label.revision) in self._seen:
-                self._twice.append((label.request_id, label.revision))
-            self._seen.add((label.request_id, label.revision))
+            self.label_times.append((record.partition, record.timestamp))
+            self._look_for((label.request_id, label.revision), record)
             known = self._final.get(label.request_id)
             if known is None or label.revision >= known.revision:
                 self._final[label.request_id] = label
+
+    def _look_for(self, key: tuple[str, int], record: Any) -> None:
+        """Whether this record was published before; if so when both were sent, from which follows who sent them."""
+        where = f"offset {record.offset}, sent at {record.timestamp}"
+        if (before := self._seen.get((record.topic, key))) is not None:
+            self._twice.append(f"{key} in {record.topic}: {before}, and {where}")
+        self._seen[record.topic, key] = where
 
     def close(self) -> None:
         self._reader.close()

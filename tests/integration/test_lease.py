@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import pytest
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import NodeNotReadyError
 from kafka import TopicPartition
 
 from streams.kafka import consumer
@@ -112,21 +111,21 @@ async def test_records_wait_for_the_lease_and_are_dropped_when_it_is_lost(
         await asyncio.wait_for(producer.flush(), 30)
         # The broker finds no gap.
         await producer.send_and_wait(topic, b"later", partition=0)
-        # One that was under way, comes back unwritten, and waits for the lease: it has its number already.
+        # One that is under way when the lease ends, comes back unwritten, and waits: it has its number already.
         await lease.keep_by(Group(True))
-        refused = asyncio.Event()
-        write = producer.client.send
+        stopped = asyncio.Event()
+        ready = producer.client.ready
 
-        async def refuse(*_: object, **__: object) -> None:
-            refused.set()
-            raise NodeNotReadyError
+        async def stop_before_writing(*node: object, **options: object) -> object:
+            clock.now += SESSION
+            stopped.set()
+            return await ready(*node, **options)
 
-        monkeypatch.setattr(producer.client, "send", refuse)
+        monkeypatch.setattr(producer.client, "ready", stop_before_writing)
         numbered = await producer.send(topic, b"numbered", partition=0)
-        await asyncio.wait_for(refused.wait(), 30)
-        clock.now += SESSION
+        await asyncio.wait_for(stopped.wait(), 30)
+        monkeypatch.setattr(producer.client, "ready", ready)
         await asyncio.wait_for(clock.looked_at(5), 30)
-        monkeypatch.setattr(producer.client, "send", write)
         behind = asyncio.ensure_future(producer.send(topic, b"behind it", partition=0))
         await asyncio.wait_for(clock.looked_at(5), 30)
         assert not numbered.done() and not behind.done()
