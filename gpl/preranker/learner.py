@@ -20,7 +20,7 @@ from gpl.preranker.batch import Batch
 from gpl.preranker.division import Division, Part, ordered_sum, sparse_sum
 from gpl.preranker.effects import ItemEffects
 from gpl.preranker.loss import Loss, LossConfig, Mass, joint_loss, with_default_user
-from gpl.preranker.model import Logits, PreRanker, grown
+from gpl.preranker.model import ROWS_OF, Logits, PreRanker, grown
 
 _PREFIX = "optimizer."
 _STEPS = _PREFIX + "steps"
@@ -158,7 +158,7 @@ class Learner:
         """Make rows of the id tables as they are before an id's first step: weights and moments zero."""
         self.effects.forget(items)
         for name, table in self.model.tables():
-            rows = torch.from_numpy(users if name == "users" else items)
+            rows = torch.from_numpy(users if ROWS_OF[name] == "users" else items)
             table.data[rows] = 0.0
             state = self._tables.state[table]
             for moment in _MOMENTS:

@@ -43,6 +43,10 @@ class Logits:
     towers: Tensor
 
 
+ROWS_OF = {"users": "users", "items": "items", "history": "items", "item_bias": "items"}
+"""Each id table, and the one of `users` and `items` whose ids its rows are."""
+
+
 class PreRanker(nn.Module):
     """Weights in float32. Id tables have capacity to spare; rows at or beyond ``n_users``/``n_items`` are unused."""
 
@@ -67,12 +71,22 @@ class PreRanker(nn.Module):
         self.register_buffer("score_moments", torch.zeros(3, dtype=torch.float64))
         self.score_moments: Tensor
 
+    @classmethod
+    def of_state(cls, state: Mapping[str, Tensor], dim_content: int) -> PreRanker:
+        """The model whose :meth:`state_tensors` these are. Errors as of :meth:`load_state_tensors`."""
+        _check("default", state, (None,))
+        model = cls(dim_content, len(state["default"]), seed=0)
+        model.load_state_tensors(state)
+        return model
+
     def tables(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters whose rows are ids; their gradients are sparse."""
-        yield "users", self.users
-        yield "items", self.items
-        yield "history", self.history
-        yield "item_bias", self.item_bias
+        for name in ROWS_OF:
+            yield name, getattr(self, name)
+
+    def rows(self, table: str) -> int:
+        """How many rows of a table are in use, row 0 among them."""
+        return self.n_users if ROWS_OF[table] == "users" else self.n_items
 
     def dense(self) -> Iterator[tuple[str, nn.Parameter]]:
         """All other parameters."""
@@ -86,8 +100,7 @@ class PreRanker(nn.Module):
         """
         self.n_users, self.n_items = max(self.n_users, n_users), max(self.n_items, n_items)
         for name, table in self.tables():
-            rows = self.n_users if name == "users" else self.n_items
-            table.data = grown(table.data, rows)
+            table.data = grown(table.data, self.rows(name))
 
     def forward(self, batch: Batch, content: Floats) -> Logits:
         """Logits of a batch's pairs. ``content`` (rows, dim_content) is what ``batch.content_row`` points into."""
@@ -169,8 +182,7 @@ class PreRanker(nn.Module):
         """Everything that defines the model, exactly; id tables cut to the rows in use. For safetensors."""
         state = {name: p.detach().clone() for name, p in self.dense()}
         for name, table in self.tables():
-            rows = self.n_users if name == "users" else self.n_items
-            state[name] = table.detach()[:rows].clone()
+            state[name] = table.detach()[: self.rows(name)].clone()
         state["score_moments"] = self.score_moments.clone()
         return state
 
@@ -181,8 +193,9 @@ class PreRanker(nn.Module):
         fixed = {**dict(self.dense()), "score_moments": self.score_moments}
         for name, parameter in fixed.items():
             _check(name, state, tuple(parameter.shape))
-        if len(state["items"]) != len(state["item_bias"]):
-            raise ValueError(f"item_bias: {len(state['item_bias'])} rows, expected {len(state['items'])} as items")
+        for name, ids in ROWS_OF.items():
+            if len(state[name]) != len(state[ids]):
+                raise ValueError(f"{name}: {len(state[name])} rows, expected {len(state[ids])} as {ids}")
         self.n_users, self.n_items = len(state["users"]), len(state["items"])
         for name, table in self.tables():
             table.data = grown(state[name].to(table.dtype).clone(), _MIN_CAPACITY)

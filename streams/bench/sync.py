@@ -12,17 +12,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gpl.artefacts import Artefacts
 from gpl.catalogue import Catalogue
 from gpl.labels import labeller
 from gpl.labels.matching import Floats
-from gpl.preranker.ids import IdTable
-from gpl.preranker.model import PreRanker
 from streams.contracts import Feedback, Label, Recall
 from streams.frame import Frame
 from streams.history.pipeline import Event, Pipeline, in_event_time
+from streams.scoring.served import Served
 from streams.settings import Settings, TrainerSettings
 from streams.trainer.trainer import Trainer
 
@@ -75,22 +73,6 @@ class Outcomes:
         self.requests += 1
 
 
-class _Snapshot:
-    """The trainer's model at one step, ready to score candidates given by catalogue rows."""
-
-    def __init__(self, trainer: Trainer, frame: Frame, dim: int, catalogue: Catalogue) -> None:
-        weights, ids = trainer.model()
-        self.step = trainer.step_count
-        self._network = PreRanker(frame.dim, dim, seed=0)
-        self._network.load_state_tensors(weights)
-        self._users = IdTable.from_list(ids.users)
-        # All items are in the catalogue from the start and none leaves, so its rows are those of ``ids()``.
-        self._item_row = IdTable.from_list(ids.items).rows(catalogue.ids())
-
-    def score(self, user: str, rows: NDArray[np.int64], vectors: Floats, cross: Floats | None) -> Floats:
-        return self._network.score(self._users.row(user), self._item_row[rows], vectors, cross)
-
-
 def run(
     requests: Iterable[tuple[Recall, list[Feedback]]],
     artefacts: Artefacts,
@@ -114,7 +96,7 @@ def run(
         events.append((len(events), recall))
         events += [(len(events) + n, event) for n, event in enumerate(feedback)]
     servings = [
-        _Serving(Trainer(own, frame, catalogue, evaluations=False), frame, own.dim, catalogue, synced, judged_from)
+        _Serving(Trainer(own, frame, catalogue, evaluations=False), frame, catalogue, synced, judged_from)
         for own, synced in [
             (settings.trainer, intervals),
             *((own, {name: MINUTE}) for name, own in (arms or {}).items()),
@@ -143,17 +125,16 @@ class _Serving:
         self,
         trainer: Trainer,
         frame: Frame,
-        dim: int,
         catalogue: Catalogue,
         intervals: Mapping[str, int | None],
         judged_from: int,
     ) -> None:
-        self._trainer, self._frame, self._dim, self._catalogue = trainer, frame, dim, catalogue
+        self._trainer, self._frame, self._catalogue = trainer, frame, catalogue
         self._intervals = intervals
         self._judged_from = judged_from
         self._synced: dict[str, int] = {}
-        self._in_service: dict[str, _Snapshot] = {}
-        self._last: _Snapshot | None = None
+        self._in_service: dict[str, tuple[int, Served]] = {}
+        self._last: tuple[int, Served] | None = None
 
     def train(self, labels: Sequence[Label], window: int, size: int) -> None:
         """Train on labels in the order in which they closed, those of one minute together, ``size`` at most."""
@@ -166,14 +147,16 @@ class _Serving:
             for start in range(0, len(some), size):
                 self._trainer.step(some[start : start + size])
 
-    def sync(self, ts: int) -> Mapping[str, _Snapshot]:
-        """Event time is ``ts``: take the snapshots that have fallen due; what is in service then."""
+    def sync(self, ts: int) -> Mapping[str, tuple[int, Served]]:
+        """Event time is ``ts``: take the snapshots that have fallen due. What is in service then, with its step."""
         for name, interval in self._intervals.items():
             number = self._judged_from if interval is None else ts // interval
             if self._synced.get(name) != number:
                 self._synced[name] = number
-                if self._last is None or self._last.step != self._trainer.step_count:
-                    self._last = _Snapshot(self._trainer, self._frame, self._dim, self._catalogue)
+                step = self._trainer.step_count
+                if self._last is None or self._last[0] != step:
+                    weights, ids = self._trainer.model()
+                    self._last = step, Served(f"step {step}", ts, weights, ids, self._frame, self._catalogue)
                 self._in_service[name] = self._last
         return self._in_service
 
@@ -192,16 +175,16 @@ def _judge(
     rows = catalogue.rows(recall.candidates)
     vectors = catalogue.vectors[rows]
     anchors = pipeline.anchors(recall.user_id, recall.ts)
-    cross = None
+    cross, history = None, list[str]()
     if anchors is not None and anchors.prepared is not None:
-        cross = labeller.score(anchors.prepared, vectors)[0]
+        cross, history = labeller.score(anchors.prepared, vectors)[0], anchors.history
         outcomes.with_anchors += 1
         outcomes.anchor_age_hours.append((recall.ts - anchors.ts) / 3_600_000)
     scores: dict[str, Floats] = {ANCHORS: np.zeros(len(rows), np.float32) if cross is None else cross}
     for serving in servings:
         made: dict[int, Floats] = {}
-        for name, snapshot in serving.sync(recall.ts).items():
-            if snapshot.step not in made:
-                made[snapshot.step] = snapshot.score(recall.user_id, rows, vectors, cross)
-            scores[name] = made[snapshot.step]
+        for name, (step, served) in serving.sync(recall.ts).items():
+            if step not in made:
+                made[step] = served.logits(served.towers(recall.user_id, history, rows), cross)
+            scores[name] = made[step]
     outcomes.judge(recall.user_id, exposed, {item: n for n, item in enumerate(recall.candidates)}, scores)

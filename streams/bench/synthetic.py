@@ -74,13 +74,8 @@ class SyntheticState:
         network = PreRanker(self.frame.dim, dim, seed=number)
         network.grow(len(self.users) + 1, len(self.items) + 1)
         generator = torch.Generator().manual_seed(number)
-        for table, rows in (
-            (network.users, network.n_users),
-            (network.items, network.n_items),
-            (network.history, network.n_items),
-            (network.item_bias, network.n_items),
-        ):
-            table.data[1:rows].normal_(std=0.3, generator=generator)
+        for name, table in network.tables():
+            table.data[1 : network.rows(name)].normal_(std=0.3, generator=generator)
         return network
 
     def publish(self, directory: Path, name: str, dim: int, number: int) -> ModelUpdate:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from torch import Tensor
 
 from gpl.catalogue import Catalogue
 from gpl.labels.matching import Floats, Ints
@@ -22,13 +23,26 @@ class Served:
     Whoever changes the catalogue calls ``put`` for the changed item. Not thread-safe.
     """
 
-    def __init__(self, version: str, published_at: int, network: PreRanker, users: IdTable, items: IdTable) -> None:
+    def __init__(
+        self,
+        version: str,
+        published_at: int,
+        weights: Mapping[str, Tensor],
+        ids: models.Ids,
+        frame: Frame,
+        catalogue: Catalogue,
+    ) -> None:
+        """Raises ValueError saying what of ``weights`` and ``ids`` does not fit."""
         self.version = version
         self.published_at = published_at
-        self._network = network
-        self._users = users
-        self._items = items
-        self._side: Floats = np.zeros((0, 0), np.float32)
+        self._network = PreRanker.of_state(weights, frame.dim)
+        self._users, self._items = IdTable.from_list(ids.users), IdTable.from_list(ids.items)
+        if (len(self._users) + 1, len(self._items) + 1) != (self._network.n_users, self._network.n_items):
+            raise ValueError(
+                f"ids: {len(self._users)} users and {len(self._items)} items for tables of {self._network.n_users} and "
+                f"{self._network.n_items} rows"
+            )
+        self._side = self._lay_out(catalogue)
 
     @classmethod
     def load(cls, update: ModelUpdate, frame: Frame, catalogue: Catalogue) -> Served:
@@ -38,17 +52,7 @@ class Served:
         space = (manifest.encoder, manifest.quantiser)
         if space != (frame.encoder, frame.quantiser):
             raise models.ModelError(f"encoder, quantiser: {space}, this scorer serves another space")
-        network = PreRanker(frame.dim, int(manifest.config["dim"]), seed=0)
-        network.load_state_tensors(published.weights)
-        users, items = IdTable.from_list(published.ids.users), IdTable.from_list(published.ids.items)
-        if (len(users) + 1, len(items) + 1) != (network.n_users, network.n_items):
-            raise models.ModelError(
-                f"ids: {len(users)} users and {len(items)} items for tables of {network.n_users} and "
-                f"{network.n_items} rows"
-            )
-        served = cls(manifest.version, manifest.published_at, network, users, items)
-        served._lay_out(catalogue)
-        return served
+        return cls(manifest.version, manifest.published_at, published.weights, published.ids, frame, catalogue)
 
     def put(self, item_id: str, row: int, vector: Floats) -> None:
         """The catalogue has put an item (dim,) into a row: from now on it scores from this content."""
@@ -74,9 +78,9 @@ class Served:
         """Logits (n,) from ``towers`` and the raw anchor scores (n,), None for a user without anchors."""
         return self._network.combine(towers, anchor_score)
 
-    def _lay_out(self, catalogue: Catalogue) -> None:
+    def _lay_out(self, catalogue: Catalogue) -> Floats:
         ids, vectors = catalogue.ids(), catalogue.vectors
         rows = catalogue.rows(ids)
         item_row = np.zeros(len(vectors), np.int64)
         item_row[rows] = self._items.rows(ids)
-        self._side = self._network.item_side(item_row, vectors)
+        return self._network.item_side(item_row, vectors)

@@ -23,7 +23,7 @@ from gpl.preranker.division import Division, Each
 from gpl.preranker.ids import GrowingIds
 from gpl.preranker.learner import Learner
 from gpl.preranker.loss import LossConfig
-from gpl.preranker.model import PreRanker
+from gpl.preranker.model import ROWS_OF, PreRanker
 from streams import metrics, models
 from streams.contracts import Label
 from streams.frame import Frame
@@ -254,9 +254,9 @@ class Trainer:
     def model(self) -> tuple[dict[str, torch.Tensor], models.Ids]:
         """The main model's weights, a copy, with the rows of the ids that live, and those ids."""
         weights = self._learners[MAIN].model.state_tensors()
-        users, items = (torch.from_numpy(np.r_[0, table.live_rows()]) for table in (self._users, self._items))
-        for name, rows in (("users", users), ("items", items), ("item_bias", items)):
-            weights[name] = weights[name][rows]
+        live = {"users": self._users.live_rows(), "items": self._items.live_rows()}
+        for name, ids in ROWS_OF.items():
+            weights[name] = weights[name][torch.from_numpy(np.r_[0, live[ids]])]
         return weights, models.Ids(self._users.live_ids(), self._items.live_ids())
 
     def candidate(self, positions: Mapping[int, int], run: int = 0) -> Candidate:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from gpl.preranker.model import ROWS_OF
 from streams import models
 from streams.contracts import ModelUpdate
 from streams.kafka import producer
@@ -69,8 +70,8 @@ def difference(store: models.ModelStore, first: str, second: str) -> dict[str, A
     weights: dict[str, dict[str, Any]] = {}
     for name in sorted(a.weights.keys() & b.weights.keys()):
         x, y = a.weights[name].double().numpy(), b.weights[name].double().numpy()
-        if name in ("users", "items", "item_bias"):
-            mine, theirs = rows["users" if name == "users" else "items"]
+        if name in ROWS_OF:
+            mine, theirs = rows[ROWS_OF[name]]
             x, y = x[mine], y[theirs]
         if x.shape != y.shape:
             weights[name] = {"shapes": [list(x.shape), list(y.shape)]}

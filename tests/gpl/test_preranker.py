@@ -345,8 +345,7 @@ def test_a_model_alone_round_trips_and_scores_the_same():
     trained = learner()
     for batch in batches(3):
         trained.step(batch, content_of())
-    served = PreRanker(DIM_CONTENT, DIM, seed=0)
-    served.load_state_tensors(load(save(trained.model.state_tensors())))
+    served = PreRanker.of_state(load(save(trained.model.state_tensors())), DIM_CONTENT)
     args = (3, np.arange(1, 31), content_of(), np.linspace(0, 1, 30, dtype=np.float32))
     np.testing.assert_array_equal(served.score(*args), trained.model.score(*args))
 
@@ -374,6 +373,15 @@ def test_a_damaged_state_is_named_and_nothing_is_loaded(name):
         with pytest.raises(ValueError, match=name.replace(".", r"\.")):
             other.load_state_tensors({**state, name: state[name].new_zeros(3, 2, 2)})
     assert_same_state(before, other.state_tensors())
+
+
+@pytest.mark.parametrize("name", ["history", "item_bias"])
+def test_tables_of_the_same_ids_have_the_same_rows(name):
+    state = learner().model.state_tensors()
+    with pytest.raises(
+        ValueError, match=f"{name}: {len(state[name]) - 1} rows, expected {len(state['items'])} as items"
+    ):
+        PreRanker.of_state({**state, name: state[name][:-1]}, DIM_CONTENT)
 
 
 # --- batches

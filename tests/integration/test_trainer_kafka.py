@@ -391,8 +391,7 @@ def test_kill_9_at_any_moment_leaves_what_the_log_gives_again(topics: Topics, tm
         made = rebuild(settings, version, frame=FRAME)
         assert (made.differing, made.first_difference, made.base) == ([], None, None), f"killed at {kills}: {version}"
         assert made.steps == int(version[-8:])
-    network = PreRanker(DIM, 8, 0)
-    network.load_state_tensors(checkpoint.tensors["model"])
+    network = PreRanker.of_state(checkpoint.tensors["model"], DIM)
     last = models.read(announced[-1].uri, announced[-1].checksum)
     for name in ("content", "default", "score_moments"):
         assert torch.equal(network.state_tensors()[name], last.weights[name])
@@ -567,8 +566,7 @@ def test_labels_become_a_served_model_and_bad_ones_dead_letters(topics: Topics, 
     assert last.newest_event_ts == 1239
     assert {"auc", "gauc", "log_loss", "hr10", "model_age_seconds"} <= last.metrics.keys()
     published = models.read(last.uri, last.checksum)
-    network = PreRanker(DIM, 8, 0)
-    network.load_state_tensors(published.weights)
+    network = PreRanker.of_state(published.weights, DIM)
     items = [f"i{n}" for n in range(ITEMS)]
     rows = np.array([published.ids.items.index(item) + 1 for item in items])
     expected = network.score(published.ids.users.index("u7") + 1, rows, VECTORS, None)

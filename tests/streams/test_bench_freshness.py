@@ -96,8 +96,7 @@ def test_the_model_in_service_is_the_one_of_the_last_synchronisation(artefacts: 
                     trainer.step(some)
             pipeline.take(offset, event)
         weights, ids = trainer.model()
-        network = PreRanker(DIM, 4, 0)
-        network.load_state_tensors(weights)
+        network = PreRanker.of_state(weights, DIM)
         rows = catalogue.rows(recall.candidates[:5])
         anchors = pipeline.anchors(recall.user_id, recall.ts)
         cross = None
@@ -105,7 +104,8 @@ def test_the_model_in_service_is_the_one_of_the_last_synchronisation(artefacts: 
             cross = labeller.score(anchors.prepared, catalogue.vectors[rows])[0]
         user = IdTable.from_list(ids.users).row(recall.user_id)
         item_rows = IdTable.from_list(ids.items).rows(recall.candidates[:5])
-        return network.score(user, item_rows, catalogue.vectors[rows], cross).tolist()
+        liked = IdTable.from_list(ids.items).rows([] if anchors is None else anchors.history)
+        return network.score(user, item_rows, catalogue.vectors[rows], cross, liked[liked > 0]).tolist()
 
     for n in (85, 120, 159):
         ts, pairs = START + n * STEP, slice(5 * (n - 80), 5 * (n - 79))

@@ -86,8 +86,7 @@ def test_the_graph_gives_the_networks_scores(
     ids = msgspec.json.decode(ids_path.read_bytes())
     assert (ids["users"], ids["items"]) == (published.ids.users, published.ids.items)
     session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
-    network = PreRanker(DIM, 6, seed=9)
-    network.load_state_tensors(published.weights)
+    network = PreRanker.of_state(published.weights, DIM)
     assert network.history.abs().max() > 0.01
     rng = np.random.default_rng(5)
     known = np.array([1 + ids["items"].index(f"i{n}") for n in (3, 0, 39)])

@@ -18,6 +18,7 @@ from prometheus_client import REGISTRY
 from gpl.catalogue import Catalogue
 from streams.contracts import Exposed, Label, Provenance, Unexposed, encode
 from streams.frame import Frame
+from streams.scoring.served import Served
 from streams.settings import TrainerSettings
 from streams.trainer import intake
 from streams.trainer.checkpoint import Checkpoint, CheckpointStore
@@ -288,6 +289,23 @@ def test_it_learns(catalogue: Catalogue) -> None:
     rate = late["click_rate"]
     assert late["log_loss"] < -rate * np.log(rate) - (1 - rate) * np.log(1 - rate) - 0.05  # of one who says the rate
     assert {"gauc", "hr10", "hr10_tail"} <= late.keys()
+
+
+def test_a_model_says_what_its_trainer_says_also_when_ids_were_forgotten(catalogue: Catalogue) -> None:
+    trainer = Trainer(SETTINGS.model_copy(update={"max_users": USERS - 10, "max_items": ITEMS - 5}), FRAME, catalogue)
+    # The last ones leave no room for all, and the rows of those that leave lie between those that stay.
+    train(trainer, stream(160))
+    candidate = trainer.candidate({})
+    served = Served("v1", 0, candidate.weights, candidate.ids, FRAME, catalogue)
+    assert len(candidate.ids.users) < USERS and len(candidate.ids.items) < ITEMS
+    assert candidate.weights["history"].abs().amax(dim=1).count_nonzero() > 10
+    items = [f"i{n}" for n in range(ITEMS)]
+    anchor_score = np.linspace(-1, 1, ITEMS, dtype=np.float32)
+    for user in (f"u{n}" for n in range(USERS)):
+        expected, known = candidate.score(user, items[7:27], items, anchor_score)
+        assert known.all()
+        found = served.logits(served.towers(user, items[7:27], catalogue.rows(items)), anchor_score)
+        assert found == pytest.approx(expected, abs=1e-5)
 
 
 def test_redelivery_changes_nothing_but_the_step(catalogue: Catalogue) -> None:
