@@ -233,7 +233,10 @@ def decode(kind: type[R], data: bytes) -> R:
     decoder = _decoders.get(kind)
     if decoder is None:
         decoder = _decoders[kind] = msgspec.json.Decoder(kind)
-    record: R = decoder.decode(data)
+    try:
+        record: R = decoder.decode(data)
+    except (RecursionError, UnicodeDecodeError) as error:
+        raise msgspec.DecodeError(f"JSON is malformed: {error}") from error
     return record
 
 

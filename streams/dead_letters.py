@@ -30,6 +30,9 @@ ORIGINAL = "gpl-original."
 ORIGINAL_NULL = "gpl-original-null."
 """The same for a header without a value: not every client can write one."""
 
+NULL = "gpl-null"
+"""Says that the original had neither key nor value, where clients write no record without either."""
+
 MESSAGE_BYTES = 2000
 
 Headers = Sequence[tuple[str, bytes | None]]
@@ -93,9 +96,17 @@ def headers(original: Original, error: Exception) -> list[tuple[str, bytes]]:
         (REDRIVES, str(redrives(original.headers))),
     ]
     ours = [(name, text.encode(errors="replace")[:MESSAGE_BYTES]) for name, text in told]
+    if original.key is None and original.value is None:
+        ours.append((NULL, b""))
     return ours + [
         (ORIGINAL_NULL + name, b"") if value is None else (ORIGINAL + name, value) for name, value in original.headers
     ]
+
+
+def value_of(original: Original) -> bytes | None:
+    """The value of the dead letter of ``original``: the same bytes. Nothing at all is written as an empty value, which
+    the header `NULL` tells from one."""
+    return b"" if original.key is None and original.value is None else original.value
 
 
 def original_headers(headers: Headers) -> tuple[tuple[str, bytes | None], ...]:
@@ -112,7 +123,7 @@ def original_headers(headers: Headers) -> tuple[tuple[str, bytes | None], ...]:
 def redrives(headers: Headers) -> int:
     """How often a record with these headers has been sent back to its topic; 0 without a header that says so."""
     said = [value for name, value in headers if name == REDRIVES and value is not None]
-    return int(said[-1]) if said and said[-1].isdigit() else 0
+    return int(said[-1]) if said and said[-1].isdigit() and len(said[-1]) < 10 else 0
 
 
 class Guard:

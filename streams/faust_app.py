@@ -235,7 +235,7 @@ class Publisher:
         )
         headers = dead_letters.headers(original, error)
         # Whatever its size: a record over the cap that somebody else's producer brought must have a way out.
-        await self._send(dead_letters.TOPIC, original.key, original.value, headers, then, None)
+        await self._send(dead_letters.TOPIC, original.key, dead_letters.value_of(original), headers, then, None)
 
 
 REFUSALS = (msgspec.DecodeError, dead_letters.Refused, RecordTooLargeError, UnicodeDecodeError)

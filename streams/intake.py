@@ -149,7 +149,7 @@ class _Consumer(driver.Consumer):  # type: ignore[misc]
     async def on_partitions_revoked(self, revoked: set[TP]) -> None:
         # Before Faust flushes its producer: what was sent is durable before another worker reads the partition.
         self._intake.revoked()
-        flushing = asyncio.ensure_future(super().on_partitions_revoked(revoked))
+        flushing = asyncio.ensure_future(self._hand_over(revoked))
         try:
             while not flushing.done():
                 drop_if_put_out(self.app)
@@ -158,6 +158,10 @@ class _Consumer(driver.Consumer):  # type: ignore[misc]
             flushing.cancel()
         self.transport.lease.end()
         await flushing
+
+    async def _hand_over(self, revoked: set[TP]) -> None:
+        await super().on_partitions_revoked(revoked)
+        await flush(self.app)
 
     async def on_partitions_assigned(self, assigned: set[TP], generation_id: int = 0) -> None:
         await super().on_partitions_assigned(assigned, generation_id)
@@ -249,6 +253,16 @@ def subscribe(app: Any, topic: Any, intake: Intake) -> None:
     """Let ``app`` (a Faust app) feed ``intake`` with the records of ``topic`` (a Faust topic, of one or more names)."""
     app.transport = BatchTransport(app.conf.broker_consumer, app, intake)
     app.topics.add(topic)
+
+
+async def flush(app: Any) -> None:
+    """Wait until nothing is left to send. Faust and aiokafka wait for what is there when they are asked: who waits for
+    room meanwhile, with a record of partitions that go, would send it when they are another's."""
+    if (producer := app.producer._producer) is not None:
+        accumulator = producer._message_accumulator
+        while accumulator._batches or accumulator._pending_batches:
+            await producer.flush()
+            await asyncio.sleep(0)
 
 
 def drop_if_put_out(app: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import structlog
 from kafka import TopicPartition
+from kafka.errors import KafkaError
 
 from streams import metrics
 from streams.kafka import consumer
@@ -61,7 +62,7 @@ class LogView:
             self._consumer.seek_to_beginning(*assignment)
         self._assignment = assignment
         self.ready = False
-        self._stopped = False
+        self._stopped = self._look_again = False
         # Caught up means: everything that was there when the view was opened has been applied.
         self._goal: dict[Any, int] = self._consumer.end_offsets(assignment) if assignment else {}
         self._applied: dict[Any, int] = dict(self._consumer.beginning_offsets(assignment)) if assignment else {}
@@ -78,7 +79,7 @@ class LogView:
         for record in records:
             try:
                 self._handlers[record.topic](record)
-            except ValueError as error:  # msgspec's errors of decoding are ValueErrors too
+            except (ValueError, OverflowError) as error:  # msgspec's errors of decoding are ValueErrors too
                 metrics.STATE_RECORDS_SKIPPED.labels(record.topic).inc()
                 log.error(
                     "record passed over",
@@ -118,12 +119,23 @@ class LogView:
             while not self._stopped:
                 records = await asyncio.to_thread(self.fetch, 0.25)
                 self.apply(records)
-                if not self.ready:
+                if self._look_again:
+                    self._look_again = False
+                    try:
+                        await asyncio.to_thread(self.refresh_goal)
+                    except KafkaError as error:
+                        log.warning("the end of the topics is not known", error=repr(error))
+                        self._look_again = True
+                if not self.ready and not self._look_again:
                     self.ready = self.caught_up()
                 if applied is not None:
                     await applied()
         finally:
             self.close()
+
+    def look_again(self) -> None:
+        """Be not ``ready`` until ``follow`` has applied all that is in the topics by now."""
+        self.ready, self._look_again = False, True
 
     def drop(self, name: str) -> None:
         """Follow a topic no longer. To be called by a handler or by ``applied``, not beside a fetch."""

@@ -22,7 +22,7 @@ from kafka.errors import KafkaError
 from streams import metrics
 from streams.dead_letters import Guard, Halted, Original, Refused
 from streams.faust_app import REFUSALS, OrderedAcks, Publisher, make_app, raw_topic
-from streams.intake import send_the_rest, subscribe
+from streams.intake import flush, send_the_rest, subscribe
 from streams.liveness import GroupWatch
 from streams.log_view import Handler, LogView
 from streams.settings import Settings
@@ -193,7 +193,7 @@ class Role(Generic[P]):
                 partition.revoke()
         # What was sent is in the log before another worker reads it back.
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.app.producer.flush(), FLUSH)
+            await asyncio.wait_for(flush(self.app), FLUSH)
         send_the_rest(self.app)
         await self.app.stop()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -151,7 +151,9 @@ class LabelSettings(Section):
     history: bool = True
     generation: bool = True
     max_ahead_seconds: float = Field(
-        86400, ge=0, description="an event further ahead of its Kafka timestamp is refused"
+        300,
+        ge=0,
+        description="an event further ahead of its Kafka timestamp is refused: it would take event time along",
     )
 
 

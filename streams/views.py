@@ -105,7 +105,10 @@ class CatalogueView:
         if (item.encoder, item.quantiser) != (self._encoder, self._quantiser):
             self.foreign += 1
             return
-        self.catalogue.put(item.item_id, vectors_from(item.vector, self._dim)[0], item.sid)
+        vectors = vectors_from(item.vector, self._dim)
+        if len(vectors) != 1:
+            raise ValueError(f"vector: {len(vectors)} rows of {self._dim} values, expected one")
+        self.catalogue.put(item.item_id, vectors[0], item.sid)
         self.content[item.item_id] = item.content
         if self._on_change is not None:
             self._on_change(item.item_id, item)
@@ -147,7 +150,8 @@ class AsOf(Generic[V]):
 
 
 class AnchorsView(Generic[V]):
-    """Handler for ``user-anchors``: as-of store per user of what ``prepare`` makes of each record.
+    """Handler for ``user-anchors``: as-of store per user of what ``prepare`` makes of each record. Of each partition by
+    itself: what a request finds must not hang on which others its worker has.
 
     ``on_change(partition, anchors)`` is told of each record.
     """
@@ -157,23 +161,23 @@ class AnchorsView(Generic[V]):
     ) -> None:
         self._prepare = prepare
         self._on_change = on_change
-        self._by_user: dict[str, AsOf[V]] = {}
+        self._by_user: dict[tuple[int, str], AsOf[V]] = {}
 
     def __len__(self) -> int:
         return len(self._by_user)
 
     def __call__(self, record: Any) -> None:
         if record.value is None:
-            self._by_user.pop(record.key.decode(), None)
+            self._by_user.pop((record.partition, record.key.decode()), None)
             return
         anchors = decode(UserAnchors, record.value)
-        self._by_user.setdefault(anchors.user_id, AsOf()).put(anchors.ts, self._prepare(anchors))
+        self._by_user.setdefault((record.partition, anchors.user_id), AsOf()).put(anchors.ts, self._prepare(anchors))
         if self._on_change is not None:
             self._on_change(record.partition, anchors)
 
-    def at(self, user_id: str, ts: int) -> V | None:
+    def at(self, partition: int, user_id: str, ts: int) -> V | None:
         """The user's anchors with the newest ts <= ``ts``."""
-        versions = self._by_user.get(user_id)
+        versions = self._by_user.get((partition, user_id))
         return None if versions is None else versions.at(ts)
 
     def forget_before(self, ts: int) -> None:

@@ -109,7 +109,15 @@ class Worker:
         )
         self._handlers["calibrations"] = labels.calibrations
         catalogue = CatalogueRole(
-            settings, self._artefacts, encoder, shared, self._view.content, self._ready, self.health, self._fail
+            settings,
+            self._artefacts,
+            encoder,
+            shared,
+            self._view.content,
+            self._ready,
+            self._look_again,
+            self.health,
+            self._fail,
         )
         self._roles += [catalogue, labels]
 
@@ -132,6 +140,10 @@ class Worker:
 
     def _ready(self) -> bool:
         return self._log is not None and self._log.ready
+
+    def _look_again(self) -> None:
+        if self._log is not None:
+            self._log.look_again()
 
     def _vector_of(self, item_id: str) -> NDArray[np.float32] | None:
         known, vectors = self._catalogue.lookup([item_id])

@@ -81,7 +81,7 @@ def letter_of(record: Any) -> Letter | None:
         int(text(dead_letters.ORIGIN_OFFSET, "-1")),
         int(text(dead_letters.ORIGIN_TIMESTAMP, "0")),
         record.key,
-        record.value,
+        None if dead_letters.NULL in headers else record.value,
         dead_letters.original_headers(record.headers),
     )
     return Letter(
@@ -93,7 +93,7 @@ def letter_of(record: Any) -> Letter | None:
         message=text(dead_letters.MESSAGE),
         redrives=int(text(dead_letters.REDRIVES, "0")),
         redriven=False,
-        size=None if record.value is None else len(record.value),
+        size=None if original.value is None else len(original.value),
     )
 
 

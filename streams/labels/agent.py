@@ -52,6 +52,8 @@ class LabelsRole(Role[Partition]):
     ``have``: waits until ``lookup`` of these ids needs no server; False when it is not wanted any more.
     """
 
+    judges_on_arrival = False
+
     def __init__(
         self,
         settings: Settings,
@@ -77,7 +79,7 @@ class LabelsRole(Role[Partition]):
         self._idle_timeout = labels.idle_timeout_wall_seconds or labels.window_seconds + labels.allowed_lateness_seconds
         self._anchors: AnchorsView[AnchorSet] = AnchorsView(self._prepare)
         self._anchors_forgotten = 0.0
-        self._anchors_kept_ms = int((labels.window_seconds + labels.retention_seconds + 86_400) * 1000)
+        self._anchors_kept_ms = int((labels.window_seconds + labels.retention_seconds) * 1000)
         self._store = open_store(labels)
         self._backpressure = Backpressure(labels, self._pause, self._read_on)
         self._stages = dict.fromkeys(("fetch", "decode", "join", "lookup", "match", "encode", "produce"), 0.0)
@@ -124,10 +126,11 @@ class LabelsRole(Role[Partition]):
             partition.watermark.observe(source, recall.ts)
             if joiner.is_over(recall.ts):
                 partition.over.append((recall.request_id, Original.of(message)))
-                return
+                return  # accepted or refused when it is known whether it has its label
             # A label adds some 40 bytes a candidate to its recall. Only where that comes near the cap may the
             # original bytes be needed again, for a dead letter.
-            if len(value) + 40 * len(recall.candidates) > self.settings.kafka.max_record_bytes // 2:
+            large = len(value) + 40 * len(recall.candidates) > self.settings.kafka.max_record_bytes // 2
+            if large and recall.request_id not in joiner:
                 partition.large[recall.request_id] = Original.of(message)
             late, cause = joiner.add_recall(recall, where, value), RECALL
         else:
@@ -136,6 +139,7 @@ class LabelsRole(Role[Partition]):
             self.check_time(feedback.ts, message)
             late, cause = joiner.add_feedback(feedback, where), FEEDBACK
             partition.watermark.observe(source, feedback.ts)
+        self.guard.accepted(message.topic, number)
         if late:
             partition.touched.update(dict.fromkeys(late, cause))
         self._stages["decode"] += decoded - began
@@ -184,11 +188,12 @@ class LabelsRole(Role[Partition]):
         self._told = dict(self._stages)
 
     def _forget_anchors(self, now: float) -> None:
-        """Let go of anchors that only recalls later than all retention and a day could ask for."""
+        """Let go of anchors that no request asks for which is held, or would be taken yet. Event time may be far ahead
+        of those, while a backlog is worked off: what tells is how far they were let go of."""
         if now - self._anchors_forgotten < FORGET_EVERY or not self.partitions:
             return
         self._anchors_forgotten = now
-        oldest = min(partition.watermark.event_time for partition in self.partitions.values())
+        oldest = min(partition.joiner.horizon for partition in self.partitions.values())
         if oldest != NEVER:
             self._anchors.forget_before(oldest - self._anchors_kept_ms)
 
@@ -233,6 +238,7 @@ class LabelsRole(Role[Partition]):
             done = partial(partition.acks["recalls"].done, original.offset)
             if request_id in partition.published.labels:
                 metrics.DUPLICATES.labels("recalls").inc()
+                self.guard.accepted(original.topic, number)
                 done()
                 continue
             metrics.LATE_RECALLS.inc()
@@ -277,7 +283,7 @@ class LabelsRole(Role[Partition]):
             ids = [*joined.exposed, *recall.candidates]
             if not await self._have(ids, lambda: self.owns(number, partition)):
                 return
-        anchors = self._anchors.at(recall.user_id, recall.ts)
+        anchors = self._anchors.at(number, recall.user_id, recall.ts)
         calibration = self.calibrations.at(recall.ts)
         label = make_label(joined, number, anchors, calibration, self._lookup, self._versions, self._stages)
         began = time.thread_time()

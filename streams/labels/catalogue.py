@@ -34,7 +34,8 @@ def content_hash(item: Item) -> str:
 
 
 class CatalogueRole(BatchRole):
-    """One worker over ``items``. ``known``: item_id -> content hash of what is published; a live view."""
+    """One worker over ``items``. ``known``: item_id -> content hash of what is published; a live view, which
+    ``look_again`` makes not ready until it has what is published by then."""
 
     size = 256
 
@@ -46,6 +47,7 @@ class CatalogueRole(BatchRole):
         server_index: VectorIndex | None,
         known: dict[str, str],
         catalogue_ready: Callable[[], bool],
+        look_again: Callable[[], None],
         health: metrics.Health,
         on_failure: Callable[[BaseException], None],
     ) -> None:
@@ -59,9 +61,13 @@ class CatalogueRole(BatchRole):
         # What this worker published itself and the view may not show yet; None for a removal.
         self._sent: dict[str, str | None] = {}
         self._catalogue_ready = catalogue_ready
+        self._look_again = look_again
 
     def assigned(self, numbers: list[int]) -> None:
         self._sent = {}
+        # The view may not show yet what an owner before published last: an item that goes back to what it was before
+        # that would be taken for known.
+        self._look_again()
 
     def ready(self) -> bool:
         return self._catalogue_ready()

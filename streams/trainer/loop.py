@@ -277,7 +277,7 @@ class Loop:
         sent = self._producer.send(
             full_name(self._settings.kafka, dead_letters.TOPIC),
             key=record.key,
-            value=record.value,
+            value=dead_letters.value_of(original),
             headers=dead_letters.headers(original, error),
         )
         self._dead.append(sent)

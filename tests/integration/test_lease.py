@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 from aiokafka import AIOKafkaProducer
+from aiokafka.producer.message_accumulator import MessageAccumulator
 from kafka import TopicPartition
 
+from streams.intake import flush
 from streams.kafka import consumer
 from streams.lease import Fenced, Lease, drop_unsent, send_while_held
 from streams.settings import KafkaSettings
@@ -146,3 +149,34 @@ async def test_records_wait_for_the_lease_and_are_dropped_when_it_is_lost(
         while reader.position(tp) < reader.end_offsets([tp])[tp]:
             read += [record.value for batch in reader.poll(500).values() for record in batch]
     assert read == [b"owned", b"waits", b"later", b"last"]
+
+
+async def test_a_flush_takes_those_along_who_wait_for_room() -> None:
+    partition, owned, sent = TopicPartition("labels", 0), True, []
+    accumulator = MessageAccumulator(SimpleNamespace(leader_for_partition=lambda _: 1), 1000, 0, 40)
+    producer = SimpleNamespace(flush=accumulator.flush, _message_accumulator=accumulator)
+    app = SimpleNamespace(producer=SimpleNamespace(_producer=producer))
+
+    async def publish() -> None:
+        while owned:
+            await accumulator.add_message(partition, b"u", b"x" * 400, 40)
+            sent.append(len(sent))
+
+    async def deliver() -> None:
+        nodes, _ = accumulator.drain_by_nodes(set())
+        await asyncio.sleep(0.01)  # those who waited go on
+        for batch in nodes.get(1, {}).values():
+            batch.done(base_offset=0)
+
+    publishing = asyncio.ensure_future(publish())
+    await asyncio.sleep(0.01)
+    assert len(sent) == 2, "the third waits for room"
+    owned = False
+    flushing = asyncio.ensure_future(flush(app))
+    await deliver()
+    await asyncio.wait({flushing}, timeout=0.1)
+    assert publishing.done() and len(sent) == 3 and not flushing.done()
+    await deliver()
+    await asyncio.wait_for(flushing, 30)
+    assert not accumulator._batches
+    await asyncio.wait_for(flush(SimpleNamespace(producer=SimpleNamespace(_producer=None))), 30)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import os
 
 import pytest
@@ -72,6 +73,23 @@ def test_a_dropped_topic_is_followed_no_longer(kafka_settings: KafkaSettings):
         view.apply(view.fetch(5.0))
     assert sorted(seen) == ["profiles", "user-anchors", "user-anchors", "user-anchors"]
     view.close()
+
+
+async def test_it_can_be_asked_to_look_again(kafka_settings: KafkaSettings):
+    seen: list[bytes] = []
+    view = LogView(kafka_settings, {"item-vectors": lambda r: seen.append(r.value)})
+    following = asyncio.ensure_future(view.follow())
+    while not view.ready:
+        await asyncio.sleep(0.01)
+    for n in range(3):
+        await asyncio.to_thread(send, kafka_settings, "item-vectors", b"%d" % n)
+        view.look_again()
+        assert not view.ready
+        while not view.ready:
+            await asyncio.sleep(0)
+        assert len(seen) == n + 1
+    view.stop()
+    await following
 
 
 def test_a_record_that_cannot_be_used_is_passed_over(kafka_settings: KafkaSettings):

@@ -43,7 +43,7 @@ def test_a_missing_field_is_named():
         decode(Recall, b'{"request_id": "r", "ts": 1, "candidates": ["a"]}')
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"\xff", b"null", b"[1]"])
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff", b"null", b"[1]", b'{"a":' * 10**5, b'{"event_id": "\xff"}'])
 def test_malformed_bytes_are_errors_of_decoding(data):
     with pytest.raises(msgspec.DecodeError):
         decode(Feedback, data)

@@ -23,14 +23,21 @@ def record(original: Original, error: Exception, offset: int = 7) -> SimpleNames
     """The dead letter of ``original`` as a consumer would get it."""
     headers = dead_letters.headers(original, error)
     return SimpleNamespace(
-        partition=0, offset=offset, timestamp=99, key=original.key, value=original.value, headers=headers
+        partition=0,
+        offset=offset,
+        timestamp=99,
+        key=original.key,
+        value=dead_letters.value_of(original),
+        headers=headers,
     )
 
 
 @given(maybe_bytes, maybe_bytes, header_lists, st.integers(0, 2**62))
 def test_the_original_comes_out_as_it_went_in(key, value, headers, offset):
     original = Original("gpl.recalls", 3, offset, 1234, key, value, tuple(headers))
-    letter = letter_of(record(original, Refused("future", "ts: 9 is ahead \udcff")))
+    written = record(original, Refused("future", "ts: 9 is ahead \udcff"))
+    assert written.key is not None or written.value is not None, "no client writes a record of neither"
+    letter = letter_of(written)
     assert letter.original == original
     assert (letter.reason, letter.error) == ("future", "Refused")
     assert letter.size == (None if value is None else len(value))
@@ -47,6 +54,11 @@ def test_a_redriven_record_carries_its_headers_and_the_count(headers, rounds):
         assert list(now[: len(mine)]) == [(name, value or b"") for name, value in mine]
         assert dict(now)["gpl-redriven-from"] == str(n).encode()
         assert len(now) == len(mine) + 2
+
+
+@pytest.mark.parametrize("said", [b"", b"-1", b"x", b"9" * 5000, None])
+def test_a_count_of_redrives_that_is_none_of_ours_is_zero(said):
+    assert dead_letters.redrives([(dead_letters.REDRIVES, said)]) == 0
 
 
 def test_what_was_sent_back_or_loops_is_left_out():

@@ -65,12 +65,13 @@ def test_anchors_view_answers_as_of_a_time():
     view: AnchorsView[int] = AnchorsView(lambda a: a.version, lambda p, a: told.append((p, a.version)))
     view(record(anchors(10, 1), b"u", 2))
     view(record(anchors(20, 2), b"u", 2))
-    assert [view.at("u", ts) for ts in (9, 10, 19, 20, 99)] == [None, 1, 1, 2, 2]
-    assert view.at("nobody", 99) is None
+    assert [view.at(2, "u", ts) for ts in (9, 10, 19, 20, 99)] == [None, 1, 1, 2, 2]
+    assert view.at(2, "nobody", 99) is None
+    assert view.at(1, "u", 99) is None, "of another partition, which this worker may lose"
     assert told == [(2, 1), (2, 2)]
     view.forget_before(25)
-    assert view.at("u", 30) == 2 and view.at("u", 15) is None
-    view(record(None, b"u"))
+    assert view.at(2, "u", 30) == 2 and view.at(2, "u", 15) is None
+    view(record(None, b"u", 2))
     assert len(view) == 0
 
 
