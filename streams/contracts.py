@@ -189,7 +189,7 @@ class Label(Record, frozen=True, omit_defaults=False, kw_only=True):
     request_id: str
     revision: int
     user_id: str
-    ts: int
+    ts: Millis
     outcome: Literal["labelled", "no_anchors"]
     history: list[str] = []
     exposed: Exposed

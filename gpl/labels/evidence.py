@@ -49,18 +49,18 @@ _MIN_USERS = 30  # fewer clusters have no usable variance
 class EvidenceConfig:
     """``alpha``: chance that useless anchors ever get a weight. ``full_effect``: standard deviations by which clicked
     items must for certain stand above non-clicked ones for the weight 1. ``half_life``: requests after which evidence
-    counts half. ``item_buckets``, ``user_buckets``: rows modulo these share their counts, so memory is bounded."""
+    counts half. ``user_buckets``: rows modulo this share their counts, which merges clusters. (Of items each has its
+    own: what tells two with one mean apart would be taken for a taste of users.)"""
 
     alpha: float = 0.05
     full_effect: float = 0.25
     half_life: float = 100_000.0
-    item_buckets: int = 65_536
     user_buckets: int = 8_192
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha < 1:
             raise ValueError(f"alpha: {self.alpha}, expected within (0, 1)")
-        for name in ("full_effect", "half_life", "item_buckets", "user_buckets"):
+        for name in ("full_effect", "half_life", "user_buckets"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: {getattr(self, name)}, expected a positive number")
 
@@ -98,8 +98,9 @@ class Evidence:
 
     def __init__(self, config: EvidenceConfig | None = None) -> None:
         self.config = config or EvidenceConfig()
-        # Columns: candidacies, exposures, sum of scores.
-        self._items: Array = np.zeros((self.config.item_buckets, 3))
+        # By row of the id table, with room to grow. Columns: candidacies, exposures, sum of scores.
+        self._items: Array = np.zeros((1024, 3))
+        self._rows = 0  # as far as any was seen
         # Columns: requests judged, sum of x.
         self._users: Array = np.zeros((self.config.user_buckets, 2))
         self._total: Array = np.zeros(3)  # the same columns over all items
@@ -123,10 +124,17 @@ class Evidence:
         known = ~np.isnan(score)
         request, shown = request[known], exposed[known]
         s = score[known].astype(np.float64)
-        item = item_row[known] % self.config.item_buckets
+        item = item_row[known]
+        self._grow(int(item.max(initial=-1)) + 1)
         self._judge(user_row % self.config.user_buckets, item, request, s, shown, clicked[known] > 0)
         np.add.at(self._items, item, np.stack([np.ones(len(s)), shown, s], axis=1))
         self._total += np.array([len(s), np.count_nonzero(shown), s.sum()])
+
+    def forget(self, item_row: Ints) -> None:
+        """Rows (n,) that other items will have: what is known of them is of those before."""
+        gone = item_row[item_row < len(self._items)]
+        self._total -= self._items[gone].sum(axis=0)
+        self._items[gone] = 0.0
 
     def read(self) -> Reading:
         """What the evidence says now."""
@@ -147,12 +155,19 @@ class Evidence:
         """Add what another has seen. Raises ValueError when the two are configured differently."""
         if other.config != self.config:
             raise ValueError(f"config: {other.config}, expected {self.config}")
+        self._grow(other._rows)
+        other._grow(self._rows)
         for name, array in self.state_arrays().items():
             array += other.state_arrays()[name]
 
     def state_arrays(self) -> dict[str, Array]:
-        """All state, float64, by name; not copies. Most of it is zeros where there are few items and users."""
-        return {"items": self._items, "total": self._total, "users": self._users, "residuals": self._residuals}
+        """All state, float64, by name; not copies. ``items`` has as many rows as were seen."""
+        return {
+            "items": self._items[: self._rows],
+            "total": self._total,
+            "users": self._users,
+            "residuals": self._residuals,
+        }
 
     def load_state_arrays(self, state: Mapping[str, npt.NDArray[np.floating]]) -> None:
         """The inverse of :meth:`state_arrays`. Raises ValueError naming an array that is missing or misshapen."""
@@ -160,10 +175,21 @@ class Evidence:
         for name, array in mine.items():
             if name not in state:
                 raise ValueError(f"{name}: missing from the state")
-            if state[name].shape != array.shape:
-                raise ValueError(f"{name}: shape {state[name].shape}, expected {array.shape}")
-        for name, array in mine.items():
+            expected = (len(state[name]), 3) if name == "items" else array.shape
+            if state[name].shape != expected:
+                raise ValueError(f"{name}: shape {state[name].shape}, expected {expected}")
+        self._rows = 0
+        self._grow(len(state["items"]))
+        self._items[self._rows :] = 0.0
+        for name, array in self.state_arrays().items():
             array[:] = state[name]
+
+    def _grow(self, rows: int) -> None:
+        self._rows = max(self._rows, rows)
+        if self._rows > len(self._items):
+            larger = np.zeros((max(self._rows, 2 * len(self._items)), 3))
+            larger[: len(self._items)] = self._items
+            self._items = larger
 
     def _judge(
         self,

@@ -178,7 +178,8 @@ class Learner:
                 for moment in _MOMENTS:
                     rows = len(weights[name]) if parameter.dim() else None
                     value = optimizer.state[parameter][moment]
-                    state[f"{_PREFIX}{name}.{moment}"] = (value[:rows] if rows else value).clone()
+                    # Rows that came after the last step have no moments yet: zero, as they would be in the next one.
+                    state[f"{_PREFIX}{name}.{moment}"] = (grown(value, rows)[:rows] if rows else value).clone()
         return state
 
     def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
@@ -200,9 +201,12 @@ class Learner:
                     key = f"{_PREFIX}{name}.{moment}"
                     if key not in state:
                         raise ValueError(f"{key}: missing from the state")
-                    if name in state and state[key].shape != state[name].shape:
-                        raise ValueError(f"{key}: shape {tuple(state[key].shape)}, expected that of {name}")
                     moments[key] = state[key]
+                    if name in ROWS_OF and state[key].dim() and name in state:
+                        # Written before rows without a step had moments.
+                        moments[key] = grown(state[key], len(state[name]))[: len(state[name])]
+                    if name in state and moments[key].shape != state[name].shape:
+                        raise ValueError(f"{key}: shape {tuple(state[key].shape)}, expected that of {name}")
         self.model.load_state_tensors(state)
         self.effects = effects
         self.steps = steps

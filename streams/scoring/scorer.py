@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-import msgspec
 import numpy as np
 import structlog
 
@@ -40,6 +39,8 @@ from streams.views import CatalogueView, labeller_config
 
 log = structlog.get_logger()
 
+RETRY_SECONDS = 5.0
+"""Until a model that could not be read is tried again."""
 WARM_UP_CALLS = 20
 """Scored before readiness, so that no request pays for first touches of memory and libraries."""
 
@@ -86,6 +87,7 @@ class Scorer:
         self._anchors = AnchorCache(settings.labels, frame)
         self._anchor_scores = AnchorScores(settings.serve.memo_mb << 20)
         self._announced: ModelUpdate | None = None
+        self._retry_at = 0.0
         self._served: Served | None = None
         self._lock = threading.Lock()  # of all state below scores; never held while a model is read
         self._stop = threading.Event()
@@ -168,7 +170,7 @@ class Scorer:
         To be called by the thread that feeds the handlers: the catalogue must not change meanwhile.
         """
         update = self._announced
-        if update is None:
+        if update is None or time.monotonic() < self._retry_at:
             return
         self._announced = None
         if update.version == self.model_version:
@@ -177,6 +179,8 @@ class Scorer:
         try:
             served = Served.load(update, self._frame, self._catalogue)
         except (models.ModelError, ValueError) as error:
+            if isinstance(error.__cause__, OSError):  # a storage that is away comes back; what is in it stays
+                self._announced, self._retry_at = update, time.monotonic() + RETRY_SECONDS
             metrics.MODELS_REFUSED.inc()
             log.error("model_refused", version=update.version, why=str(error), in_service=self.model_version)
             return
@@ -209,14 +213,14 @@ class Scorer:
 
     def _announce(self, record: Any) -> None:
         if record.key == self._settings.trainer.model_name.encode() and record.value is not None:
-            self._announced = decode(ModelUpdate, record.value)
+            self._announced, self._retry_at = decode(ModelUpdate, record.value), 0.0
 
     def _guarded(self, handler: Handler) -> Handler:
         def apply(record: Any) -> None:
             try:
                 with self._lock:
                     handler(record)
-            except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
+            except (ValueError, OverflowError) as error:  # msgspec's errors of decoding are ValueErrors too
                 # State topics have one writer; a record that it should not have written must not stop serving.
                 log.error("state_record_skipped", topic=record.topic, offset=record.offset, why=str(error))
 

@@ -22,9 +22,12 @@ from importlib.metadata import version
 from typing import Any
 
 import msgspec
+import structlog
 import torch
 
 from streams.storage import Storage
+
+log = structlog.get_logger()
 
 DIRECTORY = "journal"
 SEGMENT_BATCHES = 4096
@@ -129,7 +132,12 @@ class BatchJournal:
         for run, first in self._segments():
             if (run, first) >= (self._run, self._first_step):
                 break
-            if self._segment(run, first).written_at >= (now - days * 86400) * 1000:
+            try:
+                kept = self._segment(run, first).written_at >= (now - days * 86400) * 1000
+            except JournalError as error:  # a rebuild says so where it needs it; the trainer goes on
+                log.warning("journal_segment_damaged", run=run, first_step=first, why=str(error))
+                kept = True
+            if kept:
                 oldest_kept = run
                 break
             self._storage.remove(f"{DIRECTORY}/{run:06d}-{first:010d}.json.gz")

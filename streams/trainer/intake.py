@@ -17,17 +17,23 @@ from streams.trainer.columns import Columns, Flat
 _SCORE_LIMIT = 1.001  # a cosine of float32 unit vectors, rounded
 
 
-def read(values: Sequence[bytes | None], ranks: Sequence[int] | None = None) -> list[Columns | ValueError]:
+def read(
+    values: Sequence[bytes | None], ranks: Sequence[int] | None = None, latest: Sequence[int] | None = None
+) -> list[Columns | ValueError]:
     """Values of ``gpl.labels`` in order, each as columns, or what is wrong with it: Refused, which names field and
     value, or msgspec.DecodeError.
 
     Many at once: the columns of all are made and checked together, and looked at one by one only when something in
-    them is wrong. ``ranks``: whose share of the work each is, rank 0's by default.
+    them is wrong. ``ranks``: whose share of the work each is, rank 0's by default. ``latest``: event times that labels
+    may not be after, since the newest one decides which ids expire.
     """
     found: list[Label | ValueError] = []
-    for value in values:
+    for n, value in enumerate(values):
         try:
-            found.append(_decoded(value))
+            label = _decoded(value)
+            if latest is not None and label.ts > latest[n]:
+                raise Refused("future", f"ts: {label.ts}, at most {latest[n]} expected of a record of its time")
+            found.append(label)
         except ValueError as error:  # msgspec's errors of decoding are ValueErrors too
             found.append(error)
     flat = _checked(found)
@@ -44,6 +50,11 @@ def read(values: Sequence[bytes | None], ranks: Sequence[int] | None = None) -> 
     ]
 
 
+def latest_of(records: Sequence[Any], ahead_seconds: float) -> list[int]:
+    """The latest event time that each record (a kafka ConsumerRecord) may tell of: as for recalls and feedback."""
+    return [record.timestamp + int(1000 * ahead_seconds) for record in records]
+
+
 def newest_of(times: Iterable[int | None]) -> int | None:
     """The newest of the times that there are; None when there is none."""
     return max((at for at in times if at is not None), default=None)
@@ -52,7 +63,7 @@ def newest_of(times: Iterable[int | None]) -> int | None:
 def newest_at(headers: Sequence[tuple[str, bytes]] | None) -> int | None:
     """The ``gpl-newest-at`` header: Kafka time (wall milliseconds) of the newest source record of a label."""
     for name, data in headers or ():
-        if name == "gpl-newest-at" and data.isdigit():
+        if name == "gpl-newest-at" and data.isdigit() and len(data) < 16:
             return int(data)
     return None
 
@@ -94,7 +105,6 @@ def _sound(label: Label) -> bool:
         label.request_id
         and label.user_id
         and label.revision >= 0
-        and label.ts >= 0
         and len(shown.clicked) == len(shown.score) == m
         and len(hidden.score) == len(hidden.label) == len(hidden.confidence) == n
         and len(items) == m + n
@@ -130,8 +140,6 @@ def _check(label: Label) -> None:
         raise Refused("invalid", f"request_id, user_id: {label.request_id!r}, {label.user_id!r}; neither may be empty")
     if label.revision < 0:
         raise Refused("invalid", f"revision: {label.revision}, at least 0 expected")
-    if label.ts < 0:
-        raise Refused("invalid", f"ts: {label.ts}, at least 0 expected")
     exposed, unexposed = label.exposed, label.unexposed
     _parallel("exposed", exposed.item, clicked=exposed.clicked, score=exposed.score)
     _parallel(

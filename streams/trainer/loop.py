@@ -243,7 +243,8 @@ class Loop:
     def _train(self, records: list[Any]) -> None:
         labels: list[Columns] = []
         ranks = [owner(record.partition, self._group.ranks) for record in records]
-        for record, found in zip(records, intake.read([r.value for r in records], ranks), strict=True):
+        latest = intake.latest_of(records, self._settings.labels.max_ahead_seconds)
+        for record, found in zip(records, intake.read([r.value for r in records], ranks, latest), strict=True):
             if isinstance(found, Columns):
                 self._guard.accepted(record.topic, record.partition)
                 labels.append(found)

@@ -184,8 +184,9 @@ class Publisher:
         self, candidate: Candidate, last: ModelUpdate | None, fresh: int
     ) -> tuple[Mapping[str, float], Refusal | None]:
         accepted = self.store.accepted()
-        figures = {} if last is None or accepted else last.metrics
-        moved = probe.compare(self._last_probe(last), candidate.score)
+        before, same_space = self._last_probe(last, candidate.versions)
+        figures = {} if last is None or accepted or not same_space else last.metrics
+        moved = probe.compare(before, candidate.score)
         refusal = gate(
             candidate.weights,
             candidate.metrics,
@@ -200,14 +201,21 @@ class Publisher:
             self.store.clear_acceptance()
         return moved, refusal
 
-    def _last_probe(self, last: ModelUpdate | None) -> models.Probe:
+    def _last_probe(self, last: ModelUpdate | None, versions: Mapping[str, str]) -> tuple[models.Probe, bool]:
+        """What the last model said, and whether that is of the same frozen space: else it compares with nothing."""
         if last is None:
-            return models.NO_PROBE
+            return models.NO_PROBE, True
         try:
-            return models.read(last.uri, last.checksum).probe
+            published = models.read(last.uri, last.checksum)
+            if (published.manifest.encoder, published.manifest.quantiser) == (
+                versions["encoder"],
+                versions["quantiser"],
+            ):
+                return published.probe, True
+            return models.NO_PROBE, False
         except models.ModelError as error:  # its files are gone: nothing to compare with
             log.warning("last_model_unreadable", version=last.version, why=str(error))
-            return models.NO_PROBE
+            return models.NO_PROBE, True
 
     def _write(self, candidate: Candidate, figures: Mapping[str, float], now: int) -> str:
         present = [models.number_of(version) for version in self.store.versions()]

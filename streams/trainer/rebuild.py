@@ -198,7 +198,9 @@ class _Replay:
         self._apply(dict(batch.vectors))
         records = in_merge_order(self._labels.take(batch.labels))
         ranks = [owner(r.partition, self._ranks) for r in records]
-        labels = [found for found in intake.read([r.value for r in records], ranks) if isinstance(found, Columns)]
+        latest = intake.latest_of(records, self._settings.labels.max_ahead_seconds)
+        read = intake.read([r.value for r in records], ranks, latest)
+        labels = [found for found in read if isinstance(found, Columns)]
         self.trainer.train(labels, intake.newest_of(intake.newest_at(r.headers) for r in records))
         self.positions.update({p: end for p, _, end in batch.labels})
         if self.first_difference is None and self.trainer.loss != batch.loss:

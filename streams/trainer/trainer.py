@@ -330,6 +330,7 @@ class Trainer:
             for learner in self._learners.values():
                 learner.forget(users, items)
             self._rows.forget()
+            self._evidence.forget(items)
             self._exposures[items] = 0
             metrics.IDS_FORGOTTEN.labels("users").inc(len(users))
             metrics.IDS_FORGOTTEN.labels("items").inc(len(items))
@@ -362,10 +363,10 @@ class Trainer:
     ) -> list[dict[str, Any]]:
         evaluated = evaluate([r.user_id for r in requests], batch, logits, new, tail)
         first = np.array([r.first for r in requests])
-        if not first.all():
-            evaluated = evaluated.of(first)
-        self._window.add(evaluated)
-        return list(journal_lines([r for r in requests if r.first], evaluated)) if self._lines else []
+        self._window.add(evaluated if first.all() else evaluated.with_corrections(first))
+        if not self._lines:
+            return []
+        return list(journal_lines([r for r in requests if r.first], evaluated.of(first)))
 
     def _probe(self) -> models.Probe:
         return models.Probe(
@@ -379,6 +380,8 @@ class Trainer:
     def _score(self, user: str, history: Sequence[str], items: Sequence[str], score: Floats) -> tuple[Floats, Bools]:
         content_row = self._catalogue.rows(items)
         known = content_row >= 0
+        if not known.any():
+            return np.zeros(len(items), np.float32), known
         content = self._catalogue.vectors[content_row] * known[:, None]
         rows, liked = self._items.rows(items), self._rows.history(history)
         return self._learners[MAIN].model.score(self._users.row(user), rows, content, score, liked), known

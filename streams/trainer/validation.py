@@ -1,9 +1,10 @@
 """Progressive validation (test, then train): every batch is scored by the models before they are trained on it.
 
-Figures over a sliding window of requests, each counted once, at its first revision. Of exposed items, all and by slice
-(head and tail by exposures so far; new to the model or known to it): AUC, GAUC (by user), log loss, ECE, and HR@10 over
-all candidates of the request, exposed and unexposed ranked together: a clicked item in the top 10 is a hit, the mean is
-over clicked items. Of pseudo-labelled ones (slice ``pseudo``): AUC, log loss and ECE against their calibrated labels.
+Figures over a sliding window of requests, each counted at its first revision; a later one that exposes more items
+counts for those, without a rank. Of exposed items, all and by slice (head and tail by exposures so far; new to the
+model or known to it): AUC, GAUC (by user), log loss, ECE, and HR@10 over all candidates of the request, exposed and
+unexposed ranked together: a clicked item in the top 10 is a hit, the mean is over clicked items. Of pseudo-labelled
+ones (slice ``pseudo``): AUC, log loss and ECE against their calibrated labels.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,14 @@ class Evaluated:
             logits={model: values[shown] for model, values in self.logits.items()},
             rank={model: values[shown] for model, values in self.rank.items()},
             pseudo={model: values[hidden] for model, values in self.pseudo.items()},
+        )
+
+    def with_corrections(self, first: Bools) -> Evaluated:
+        """For figures and the gate: of later revisions, not ``first`` (R,), what they newly expose. Those pairs are not
+        all of their request, so they have no rank."""
+        ranked = np.repeat(first, self.exposed)
+        return replace(self, rank={model: values * ranked for model, values in self.rank.items()}).of(
+            first | (self.exposed > 0)
         )
 
     def split(self) -> Iterator[Evaluated]:

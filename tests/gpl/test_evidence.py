@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gpl.labels.evidence import Evidence, EvidenceConfig, Reading
 
-SMALL = EvidenceConfig(item_buckets=64, user_buckets=128)
+SMALL = EvidenceConfig(user_buckets=128)
 
 
 def records(rng, count, users=40, items=30, informative=0.0, candidates=12, shown=5):
@@ -85,7 +85,7 @@ def oracle(made, config, batch=8):
 @given(seed=st.integers(0, 999), informative=st.floats(0, 3), half_life=st.sampled_from([50.0, 1e5]))
 @settings(max_examples=15, deadline=None)
 def test_the_reading_is_the_documented_formula(seed, informative, half_life):
-    config = EvidenceConfig(half_life=half_life, item_buckets=64, user_buckets=128)
+    config = EvidenceConfig(half_life=half_life, user_buckets=128)
     made = records(np.random.default_rng(seed), 150, informative=informative)
     reading = observe(Evidence(config), made).read()
     effect, low, count = oracle(made, config)
@@ -136,7 +136,7 @@ def test_few_users_and_no_data_have_no_bound():
 
 
 def test_evidence_fades_when_anchors_turn_bad():
-    evidence = Evidence(EvidenceConfig(half_life=200, item_buckets=64, user_buckets=128))
+    evidence = Evidence(EvidenceConfig(half_life=200, user_buckets=128))
     rng = np.random.default_rng(0)
     assert observe(evidence, records(rng, 800, informative=3.0)).read().weight > 0
     assert observe(evidence, records(rng, 3000, informative=-1.0)).read().weight == 0
@@ -157,10 +157,45 @@ def test_state_goes_on_bit_for_bit_and_merges():
         np.testing.assert_array_equal(array, first.state_arrays()[name])
 
 
+@pytest.mark.parametrize("reused", [False, True])
+def test_useless_anchors_have_no_weight_also_when_rows_are_given_to_other_items(reused):
+    """A score of the item alone: residuals are nothing but what is wrong with the item's mean."""
+    rng, evidence = np.random.default_rng(0), Evidence(SMALL)
+    level = rng.normal(size=(20, 60))
+    for era in range(20):
+        quality = rng.normal(size=60) if reused else np.linspace(-1, 1, 60)
+        made = []
+        for _ in range(200):
+            item = rng.permutation(60)[:12]
+            score = (level[era if reused else 0, item] + 0.1 * rng.normal(size=12)).astype(np.float32)
+            exposed = np.arange(12) < 6
+            clicked = exposed & (rng.random(12) < 1 / (1 + np.exp(-quality[item] - level[era if reused else 0, item])))
+            made.append((int(rng.integers(40)), item, score, exposed, clicked.astype(np.float32)))
+        observe(evidence, made)
+        if reused:
+            evidence.forget(np.arange(60))
+    assert evidence.read().weight == 0.0
+
+
+def test_what_is_forgotten_is_as_if_never_seen():
+    rng = np.random.default_rng(0)
+    evidence = observe(Evidence(SMALL), records(rng, 100, items=30))
+    evidence.forget(np.arange(5, 2000))
+    kept = evidence.state_arrays()["items"]
+    assert not kept[5:].any() and kept[:5].any()
+    np.testing.assert_allclose(evidence.state_arrays()["total"], kept.sum(axis=0), atol=1e-6)
+    few, many = Evidence(SMALL), observe(Evidence(SMALL), records(rng, 100, items=1500))
+    few.load_state_arrays(many.state_arrays())
+    few.load_state_arrays(evidence.state_arrays())
+    observe(few, records(np.random.default_rng(7), 50)), observe(evidence, records(np.random.default_rng(7), 50))
+    for name, array in evidence.state_arrays().items():
+        np.testing.assert_array_equal(array, few.state_arrays()[name])
+
+
 def test_memory_is_bounded_and_pairs_without_a_score_are_passed_over():
-    evidence = observe(Evidence(EvidenceConfig(item_buckets=7, user_buckets=5)), records(np.random.default_rng(0), 50))
+    evidence = observe(Evidence(EvidenceConfig(user_buckets=5)), records(np.random.default_rng(0), 50))
     assert {n: a.shape for n, a in evidence.state_arrays().items()} == {
-        "items": (7, 3),
+        "items": (30, 3),
         "total": (3,),
         "users": (5, 2),
         "residuals": (2,),

@@ -375,6 +375,20 @@ def test_a_damaged_state_is_named_and_nothing_is_loaded(name):
     assert_same_state(before, other.state_tensors())
 
 
+def test_rows_that_came_after_the_last_step_are_part_of_the_state():
+    trained = learner()
+    trained.step(batches(1)[0], content_of())
+    trained.model.grow(3000, 5000)  # no step follows: nothing was exposed
+    state = load(save(trained.state_tensors()))
+    again, older = learner(seed=5), learner(seed=6)
+    again.load_state_tensors(state)
+    older.load_state_tensors(
+        {n: t[:1024] if n.startswith("optimizer.") and t.dim() == 2 else t for n, t in state.items()}
+    )
+    for learnt in (again, older):
+        assert_same_state(trained.state_tensors(), learnt.state_tensors())
+
+
 @pytest.mark.parametrize("name", ["history", "item_bias"])
 def test_tables_of_the_same_ids_have_the_same_rows(name):
     state = learner().model.state_tensors()

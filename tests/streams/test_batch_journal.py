@@ -108,6 +108,13 @@ def test_old_segments_go_and_what_is_left_still_leads_somewhere(storage: Storage
     second.prune(days=5)
     assert len(steps(second, 1, 0, 8)) == 8
     now[0] += 3 * 86400
+    name = min(name for name in storage.names("journal") if name.startswith("000001-"))
+    whole = storage.read(f"journal/{name}")
+    storage.put(f"journal/{name}", whole[:-9])
+    second.prune(days=5)
+    assert second.runs() == [1, 2], "damaged: it may not be old"
+    storage.put(f"journal/{name}", whole)
+    now[0] += 3601
     second.prune(days=5)
     assert second.runs() == [2]
     assert [(run.run, last) for run, last in second.lineage(2, 14)] == [(2, 14)]

@@ -312,6 +312,18 @@ def test_after_a_rollback_the_next_is_compared_with_what_is_in_service(
         assert not publisher.store.accepted()
 
 
+def test_a_model_of_another_space_is_not_compared_with(
+    kafka_settings: KafkaSettings, producer: Any, tmp_path: Path
+) -> None:
+    worse = {"metrics": {"log_loss": 2.0, "auc": 0.5, "click_rate": 0.2}}
+    with closing(Publisher(kafka_settings, own(tmp_path), producer)) as publisher:
+        assert publisher.publish(candidate()) is not None
+        assert publisher.publish(candidate(step=4, **worse)) is None
+        other = {"encoder": "e2", "quantiser": "q"}
+        assert publisher.publish(candidate(step=5, versions=other, score=scores([9.0, -9.0, 0.0, 1.0]), **worse))
+        assert publisher.last is not None and publisher.last.metrics["auc"] == 0.5
+
+
 def test_another_models_announcements_are_not_mistaken_for_ones_own(
     kafka_settings: KafkaSettings, producer: Any, tmp_path: Path
 ) -> None:

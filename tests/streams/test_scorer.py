@@ -5,6 +5,7 @@ tests/integration/test_trainer_kafka.py.
 """
 
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from streams.contracts import ItemVector, ModelUpdate, Record, UserAnchors, enco
 from streams.frame import Frame
 from streams.metrics import Health
 from streams.scoring.anchors import anchor_scores
-from streams.scoring.scorer import NotReadyError, Scorer, best_first
+from streams.scoring.scorer import RETRY_SECONDS, NotReadyError, Scorer, best_first
 from streams.settings import Settings, TrainerSettings
 from streams.views import vector_bytes
 
@@ -290,6 +291,23 @@ def test_models_that_do_not_fit_are_refused(world: World, monkeypatch: pytest.Mo
         world.announce(update)
         assert refusals() == count + 1
         assert world.scorer.model_version == good.version
+
+
+def test_a_model_that_could_not_be_read_for_a_while_is_tried_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, update = world.model(5)
+    directory = models.path_of(update.uri)
+    away = directory.rename(directory.with_name("away"))
+    world.announce(update)
+    assert world.scorer.model_version is None
+    away.rename(directory)
+    world.scorer.refresh()
+    assert world.scorer.model_version is None, "not at once again"
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + RETRY_SECONDS)
+    world.scorer.refresh()
+    assert world.scorer.model_version == update.version
 
 
 def test_only_the_announcements_of_the_served_name_count(world: World) -> None:

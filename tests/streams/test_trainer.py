@@ -17,6 +17,7 @@ from prometheus_client import REGISTRY
 
 from gpl.catalogue import Catalogue
 from streams.contracts import Exposed, Label, Provenance, Unexposed, encode
+from streams.dead_letters import Refused
 from streams.frame import Frame
 from streams.scoring.served import Served
 from streams.settings import TrainerSettings
@@ -430,6 +431,42 @@ def test_a_correction_is_trained_but_not_evaluated_again(catalogue: Catalogue) -
     before = final(trainer)
     assert train(trainer, [label("r", {"i1": 1, "i2": 1}, ["i3"], revision=1)]) == []
     assert not torch.equal(final(trainer)["model.default"], before["model.default"])
+
+
+def test_what_corrections_expose_counts_for_the_gate(catalogue: Catalogue) -> None:
+    trainer = Trainer(SETTINGS.model_copy(update={"window_records": 1000}), FRAME, catalogue)
+    train(trainer, stream(80))
+    clean = trainer.candidate({}).feed(1000)
+    hidden = [f"i{n}" for n in range(ITEMS)]
+    again = [
+        label(of.request_id, {item: 1 for item in hidden if item not in of.exposed.item}, [], of.user_id, revision=1)
+        for of in stream(80)
+    ]
+    assert train(trainer, again) == [], "no line of the journal"
+    candidate = trainer.candidate({})
+    both = candidate.feed(1000)
+    assert both.exposures - clean.exposures == both.clicks - clean.clicks == 80 * (ITEMS - 6)
+    assert candidate.metrics["click_rate"] > 0.8
+
+
+def test_a_label_from_the_future_is_refused() -> None:
+    sound, ahead = (encode(label("r", {"i1": 1}, [], ts=ts)) for ts in (1000, 1001))
+    first, second = intake.read([sound, ahead], latest=[1000, 1000])
+    assert isinstance(first, Columns)
+    assert isinstance(second, Refused) and second.reason == "future" and "ts: 1001" in str(second)
+    beyond = encode(label("r", {"i1": 1}, [])).replace(b'"ts":1000', b'"ts":%d' % 2**63)
+    assert isinstance(intake.read([beyond])[0], ValueError)
+
+
+def test_evidence_forgets_items_with_their_rows(catalogue: Catalogue) -> None:
+    trainer = Trainer(SETTINGS.model_copy(update={"max_items": ITEMS - 5}), FRAME, catalogue)
+    train(trainer, stream(160))
+    tensors = trainer.checkpoint({}, 0).tensors
+    # Every pair has a score, and effects are known to forget: candidacies with one, by row.
+    effects = next(t for name, t in tensors["model"].items() if name.endswith("effects.items"))
+    seen = tensors["evidence"]["items"]
+    assert torch.equal(seen[:, 0], effects[: len(seen), 1])
+    assert float(tensors["evidence"]["total"][0]) == float(seen[:, 0].sum())
 
 
 def test_without_pseudo_labels_there_is_nothing_to_rank_among(catalogue: Catalogue) -> None:
