@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 _ASIDE = ".aside-"
+_REPLACED = ".aside-replaced-"
 
 
 def sha256_hex(data: bytes) -> str:
@@ -44,13 +45,19 @@ def write_directory(target: Path, files: Mapping[str, bytes]) -> None:
             file.flush()
             os.fsync(file.fileno())
     sync_directory(aside)
+    replaced = target.with_name(_REPLACED + target.name)
     if target.exists():
-        shutil.rmtree(target)  # a name is written twice only when the first copy was found to be damaged
+        target.rename(replaced)  # a kill from here on leaves one of the two, see `clear_aside`
     aside.rename(target)
     sync_directory(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def clear_aside(parent: Path) -> None:
-    """Remove what a killed writer left half-written under ``parent``."""
+    """Remove what a killed writer left half-written under ``parent``, and put back what it was about to replace."""
+    for path in parent.glob(f"{_REPLACED}*"):
+        target = path.with_name(path.name.removeprefix(_REPLACED))
+        if not target.exists():
+            path.rename(target)
     for path in parent.glob(f"{_ASIDE}*"):
         shutil.rmtree(path, ignore_errors=True)

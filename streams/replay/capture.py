@@ -29,7 +29,8 @@ SECTIONS = ("labels", "profiles", "generator", "trainer")
 
 
 class _Line(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
-    """An entry. ``value``: the value where it is a JSON object on one line, ``value_base64`` any other."""
+    """An entry. ``value``: the value where it is a JSON object on one line, ``value_base64`` any other. ``headers``: in
+    their order, name and base64, null for one without a value; older captures have an object of them."""
 
     offset: int
     kafka_ms: int
@@ -37,7 +38,7 @@ class _Line(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     event_ms: int | None = None
     key: str | None = None
     key_base64: str | None = None
-    headers: dict[str, str] = {}
+    headers: list[tuple[str, str | None]] | dict[str, str] = []
     value: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     value_base64: str | None = None
 
@@ -188,7 +189,7 @@ def _line(entry: Entry) -> _Line:
             line.key = entry.key.decode()
         except UnicodeDecodeError:
             line.key_base64 = base64.b64encode(entry.key).decode()
-    line.headers = {name: base64.b64encode(value).decode() for name, value in entry.headers}
+    line.headers = [(name, None if data is None else base64.b64encode(data).decode()) for name, data in entry.headers]
     if entry.value is not None:
         if _plain(entry.value):
             line.value = msgspec.Raw(entry.value)
@@ -204,7 +205,7 @@ def _plain(value: bytes) -> bool:
     try:
         value.decode()
         msgspec.json.decode(value)
-    except (UnicodeDecodeError, msgspec.DecodeError):
+    except (UnicodeDecodeError, RecursionError, msgspec.DecodeError):
         return False
     return True
 
@@ -216,5 +217,6 @@ def _entry(topic: str, partition: int, line: _Line) -> Entry:
     value = None if isinstance(line.value, msgspec.UnsetType) else bytes(line.value)
     if line.value_base64 is not None:
         value = base64.b64decode(line.value_base64)
-    headers = tuple((name, base64.b64decode(data)) for name, data in line.headers.items())
+    said = line.headers.items() if isinstance(line.headers, dict) else line.headers
+    headers = tuple((name, None if data is None else base64.b64decode(data)) for name, data in said)
     return Entry(topic, partition, line.offset, line.kafka_ms, key, value, headers, line.missing, line.event_ms)

@@ -206,7 +206,7 @@ class _DeadLetters:
     def _read(self) -> Iterator[tuple[tuple[str, str], str]]:
         for partition in self._log.partitions("dead-letters"):
             for entry in self._log.read("dead-letters", partition):
-                said = {name: data.decode(errors="replace") for name, data in entry.headers}
+                said = {name: (data or b"").decode(errors="replace") for name, data in entry.headers}
                 if said.get("gpl-topic", "").endswith("recalls"):
                     why = said.get("gpl-message") or said.get("gpl-error", "no reason given")
                     yield (said.get("gpl-partition", ""), said.get("gpl-offset", "")), why

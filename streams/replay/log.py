@@ -39,7 +39,7 @@ class Entry:
     kafka_ms: int
     key: bytes | None
     value: bytes | None
-    headers: tuple[tuple[str, bytes], ...] = ()
+    headers: tuple[tuple[str, bytes | None], ...] = ()
     missing: int = 0
     event_ms: int | None = None
 

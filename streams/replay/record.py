@@ -59,7 +59,7 @@ def _dead_letters(log: Log, selection: Selection, writer: CaptureWriter) -> None
     for partition in log.partitions("dead-letters"):
         writer.open("dead-letters", partition, log.span("dead-letters", partition))
         for entry in log.read("dead-letters", partition) if selection.user is None else ():
-            if dict(entry.headers).get("gpl-topic", b"").endswith(b"recalls"):
+            if (dict(entry.headers).get("gpl-topic") or b"").endswith(b"recalls"):
                 writer.add(replace(entry, key=None, value=None), log.span("dead-letters", partition))
 
 
@@ -90,7 +90,7 @@ def _partition(log: Log, selection: Selection, replay: Replay, partition: int, w
     if first_ms is not None:
         # A label is appended after its recall.
         for entry in log.read("labels", partition, log.offset_at("labels", partition, first_ms - CLOCK_SKEW_MS)):
-            if dict(entry.headers).get(published.REQUEST_ID, b"").decode(errors="replace") in chosen:
+            if (dict(entry.headers).get(published.REQUEST_ID) or b"").decode(errors="replace") in chosen:
                 writer.add(entry, log.span("labels", partition))
     return len(chosen)
 

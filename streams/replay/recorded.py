@@ -48,7 +48,7 @@ class Recorded:
 def request_id_of(entry: Entry) -> str | None:
     """Request id of a label entry, from its header, or from its value where it has none; None for what is no label."""
     for name, data in entry.headers:
-        if name == published.REQUEST_ID:
+        if name == published.REQUEST_ID and data is not None:
             return data.decode(errors="replace")
     label = label_of(entry)
     return None if label is None else label.request_id

@@ -160,6 +160,10 @@ class BatchJournal:
         except ValueError as error:
             raise JournalError(f"run {run}: {error}") from error
 
+    def holds(self, run: int, step: int) -> bool:
+        """Whether a segment of the run begins with this step."""
+        return (run, step) in self._segments()
+
     def lineage(self, run: int, step: int) -> list[tuple[Run, int]]:
         """The runs that lead to a step, oldest first, each with the last step that belongs to it.
 

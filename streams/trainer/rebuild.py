@@ -84,7 +84,7 @@ def rebuild(
     lineage = journal.lineage(run, step)
     with ExitStack() as opened:
         labels = opened.enter_context(closing(_RangeReader(settings.kafka, "labels")))
-        found = _base(CheckpointStore(storage, keep=1), lineage, base, from_log, labels.earliest)
+        found = _base(CheckpointStore(storage, keep=1), journal, lineage, base, from_log, labels.earliest)
         vectors = opened.enter_context(closing(_RangeReader(settings.kafka, "item-vectors")))
         replay = _Replay(settings, frame, labels, vectors)
         threads = torch.get_num_threads()
@@ -105,6 +105,7 @@ def rebuild(
 
 def _base(
     store: CheckpointStore,
+    journal: BatchJournal,
     lineage: list[tuple[Run, int]],
     wanted: int | None,
     from_log: bool,
@@ -114,13 +115,15 @@ def _base(
     root = lineage[0][0]
     if wanted is None:
         expired = [p for p, at in root.positions.items() if earliest.get(p, 0) > at]
-        if root.parent is None and not expired:
+        pruned = root.parent is not None or (lineage[0][1] > 0 and not journal.holds(root.run, 1))
+        if not pruned and not expired:
             return None
         if from_log:
             raise RebuildError(
                 f"partitions {expired} of the labels no longer reach back to the beginning of its history"
                 if expired
-                else f"the journal no longer reaches back to run {root.parent}, with which its history began"
+                else f"the journal no longer reaches back to the beginning of run {root.parent or root.run}, which its "
+                "history began with"
             )
     candidates = store.steps() if wanted is None else [wanted]
     for step in candidates:

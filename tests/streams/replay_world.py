@@ -24,7 +24,7 @@ DIM, LEVELS, PARTITIONS = 8, 3, 2
 START = 1_700_000_000_000
 SINGLE = {spec.name for spec in TOPICS if spec.single}
 FRAME = Frame(DIM, LEVELS, "space-1", "codes-1")
-LABELS = LabelSettings(window_seconds=10, allowed_lateness_seconds=2, retention_seconds=20)
+LABELS = LabelSettings(max_ahead_seconds=86_400, window_seconds=10, allowed_lateness_seconds=2, retention_seconds=20)
 SETTINGS = Settings(labels=LABELS)
 EVERYTHING = Selection(0, FAR)
 

@@ -3,6 +3,7 @@
 On a local directory and on an object store: s3fs against an S3 server in a process of its own.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -270,6 +271,29 @@ def test_kill_while_writing_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
         assert_whole(found)
         assert not list(tmp_path.glob(".aside-*"))
         start = found.step + 1
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_kill_while_replacing_leaves_one_of_the_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int
+) -> None:
+    storage = open_storage(tmp_path)
+    storage.write("step-1", {"a": b"old"}, last="a")
+    rename, done = Path.rename, []
+
+    def killed(self: Path, target: Path) -> Path:
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        done.append(target)
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with contextlib.nullcontext() if renames == 2 else pytest.raises(KeyboardInterrupt):
+            storage.write("step-1", {"a": b"new", "b": b""}, last="a")
+    storage.recover()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+    assert storage.read("step-1/a") == (b"new" if renames == 2 else b"old")
 
 
 def test_kill_while_writing_objects_leaves_the_newest_that_has_its_manifest(bucket: str) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from streams.contracts import Calibration, Feedback, Label, Recall, encode
-from streams.replay.capture import CaptureLog
+from streams.replay.capture import CaptureLog, CaptureWriter
 from streams.replay.compare import Comparison, compare
 from streams.replay.log import Log
 from streams.replay.output import LABELS as LABELS_FILE
@@ -297,6 +297,26 @@ def test_a_capture_gives_the_bytes_and_the_comparison_of_its_log(world: World, s
 
 def _plain(path: Path) -> bytes:
     return gzip.decompress(path.read_bytes())
+
+
+def test_a_capture_keeps_headers_as_they_were(world: World, tmp_path: Path):
+    (label, *_) = list(world.log.read("labels", world.log.partitions("labels")[0]))
+    headers = (*label.headers, ("trace", None), ("trace", b"\xff"), ("trace", b""))
+    writer = CaptureWriter(tmp_path / "kept")
+    span = world.log.span("labels", label.partition)
+    writer.add(replace(label, headers=headers), span)
+    writer.add(replace(label, offset=label.offset + 1, value=b'{"a":' * 10**5), span)
+    about = CaptureLog(captured(world, tmp_path)).manifest
+    writer.finish(**{n: getattr(about, n) for n in about.__struct_fields__ if n not in ("format", "files")})
+    first, second = CaptureLog(tmp_path / "kept").read("labels", label.partition)
+    assert first.headers == headers
+    assert second.value == b'{"a":' * 10**5
+
+
+def captured(world: World, tmp_path: Path) -> Path:
+    setup = Setup.of(SETTINGS, FRAME)
+    capture(world.log, EVERYTHING, SETTINGS, tmp_path / "cap", Replay(world.log, EVERYTHING, setup))
+    return tmp_path / "cap"
 
 
 def test_a_damaged_capture_is_refused(world: World, tmp_path: Path):
