@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from streams.storage import Storage, open_storage
 from streams.trainer import batch_journal
 from streams.trainer.batch_journal import Batch, BatchJournal, JournalError, Run, ranges, software
+from streams.trainer.checkpoint import CheckpointStore
+from streams.trainer.rebuild import RebuildError, _base
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -121,6 +123,19 @@ def test_old_segments_go_and_what_is_left_still_leads_somewhere(storage: Storage
     assert len(steps(second, 2, 8, 14)) == 6
     with pytest.raises(JournalError, match="run 1"):
         steps(second, 1, 0, 8)
+
+
+def test_a_rebuild_does_not_begin_with_what_the_journal_has_let_go_of(storage: Storage) -> None:
+    journal = BatchJournal(storage)
+    begin(journal)
+    write(journal, 1, 8)
+    store, lineage = CheckpointStore(storage, keep=1), journal.lineage(1, 8)
+    assert _base(store, journal, lineage, None, True, {}) is None
+    storage.remove("journal/000001-0000000001.json.gz")
+    with pytest.raises(RebuildError, match="beginning of run 1"):
+        _base(store, journal, lineage, None, True, {})
+    with pytest.raises(RebuildError, match="no checkpoint"):
+        _base(store, journal, lineage, None, False, {})
 
 
 @given(st.dictionaries(st.integers(0, 5), st.tuples(st.integers(0, 50), st.integers(0, 9)), min_size=1))
