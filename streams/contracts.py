@@ -235,8 +235,11 @@ def decode(kind: type[R], data: bytes) -> R:
         decoder = _decoders[kind] = msgspec.json.Decoder(kind)
     try:
         record: R = decoder.decode(data)
-    except (RecursionError, UnicodeDecodeError) as error:
-        raise msgspec.DecodeError(f"JSON is malformed: {error}") from error
+    except UnicodeDecodeError as error:
+        wrong = error.object[error.start]
+        raise msgspec.DecodeError(f"invalid UTF-8: {error.reason} (byte 0x{wrong:02x})") from error
+    except RecursionError as error:
+        raise msgspec.DecodeError("JSON is nested too deeply") from error
     return record
 
 

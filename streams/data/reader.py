@@ -100,10 +100,6 @@ def parse(line: Line, kind: type[R], max_bytes: int) -> Entry[R]:
         return Entry(line, None, FieldError("", f"record of {line.size} bytes is over the cap of {max_bytes} bytes"))
     try:
         return Entry(line, decode(kind, line.raw))
-    except UnicodeDecodeError as error:
-        return Entry(
-            line, None, FieldError("", f"invalid UTF-8: {error.reason} (byte 0x{error.object[error.start]:02x})")
-        )
     except msgspec.ValidationError as error:
         return Entry(line, None, _field_error(line.raw, str(error)))
     except msgspec.DecodeError as error:

@@ -194,7 +194,7 @@ def _put_texts(log: Log, story: dict[str, Any]) -> None:
             if item_id in wanted and entry.value is not None:
                 try:
                     texts[item_id] = decode(Item, entry.value).text.strip()
-                except (msgspec.DecodeError, UnicodeDecodeError):
+                except msgspec.DecodeError:
                     continue
     for place in named:
         text = texts.get(place["item_id"], "")

@@ -52,7 +52,7 @@ def find(log: Log, request_id: str, hints: Hints) -> Found | None:
     def is_recall(entry: Entry) -> bool:
         try:
             return entry.value is not None and decode(Recall, entry.value).request_id == request_id
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except msgspec.DecodeError:
             return False
 
     entry = _newest(log, "labels", hints, is_label)

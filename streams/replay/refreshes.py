@@ -98,7 +98,7 @@ def _recorded(log: Log, partition: int, selection: Selection) -> Iterator[tuple[
     for entry in log.read("anchor-requests", partition):
         try:
             request = decode(AnchorRequest, entry.value or b"")
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except msgspec.DecodeError:
             continue
         wanted = selection.user in (None, request.user_id) and selection.from_ms <= request.ts < selection.to_ms
         if wanted and request.reason != "version":
@@ -113,7 +113,7 @@ def _clicks(log: Log, partition: int, selection: Selection, max_ahead: float) ->
             continue
         try:
             event = decode(Feedback, entry.value or b"")
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except msgspec.DecodeError:
             continue
         mine = event.kind == "click" and selection.user in (None, event.user_id) and event.ts < selection.to_ms
         if mine and event.ts - entry.kafka_ms <= max_ahead * 1000:

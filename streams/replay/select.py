@@ -224,7 +224,7 @@ def event_time(entry: Entry) -> int | None:
         if entry.topic == "recalls":
             return decode(Recall, entry.value or b"").ts
         return decode(Feedback, entry.value or b"").ts
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except msgspec.DecodeError:
         return None
 
 

@@ -94,7 +94,7 @@ class Walk:
         """The record, None for one that the labels role refuses."""
         try:
             record = decode(_KINDS[entry.topic], entry.value or b"")
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except msgspec.DecodeError:
             return None
         return record if record.ts - entry.kafka_ms <= self._max_ahead_ms else None
 
