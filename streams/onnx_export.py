@@ -164,11 +164,7 @@ def _graph(published: Published, matching: labeller.Config) -> Any:
 def _cross_constants(published: Published, matching: labeller.Config) -> dict[str, NDArray[Any]]:
     # The cross input is linear in the anchor score, so two of its values say all.
     zeros = np.zeros(3, np.float32)
-    missing, at_zero, at_one = (
-        PreRanker.of_state(published.weights, int(published.manifest.config["dim_content"]))
-        .combine(zeros, np.array([np.nan, 0.0, 1.0], np.float32))
-        .tolist()
-    )
+    missing, at_zero, at_one = _network(published).combine(zeros, np.array([np.nan, 0.0, 1.0], np.float32)).tolist()
     bias = float(published.weights["bias"])
     return {
         "bias": np.array(bias, np.float32),
@@ -180,14 +176,15 @@ def _cross_constants(published: Published, matching: labeller.Config) -> dict[st
     }
 
 
+def _network(published: Published) -> PreRanker:
+    return PreRanker.of_state(published.weights, int(published.manifest.config["dim_content"]))
+
+
 def _check(published: Published, matching: labeller.Config, graph: bytes) -> None:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
-    network, rng = (
-        PreRanker.of_state(published.weights, int(published.manifest.config["dim_content"])),
-        np.random.default_rng(0),
-    )
+    network, rng = _network(published), np.random.default_rng(0)
     item_row = rng.integers(network.n_items, size=_CHECKED)
     content = rng.normal(size=(_CHECKED, network.dim_content)).astype(np.float32)
     content /= np.linalg.norm(content, axis=1, keepdims=True)

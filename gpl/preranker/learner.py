@@ -201,12 +201,14 @@ class Learner:
                     key = f"{_PREFIX}{name}.{moment}"
                     if key not in state:
                         raise ValueError(f"{key}: missing from the state")
-                    moments[key] = state[key]
-                    if name in ROWS_OF and state[key].dim() and name in state:
-                        # Written before rows without a step had moments.
-                        moments[key] = grown(state[key], len(state[name]))[: len(state[name])]
-                    if name in state and moments[key].shape != state[name].shape:
-                        raise ValueError(f"{key}: shape {tuple(state[key].shape)}, expected that of {name}")
+                    moment_of = state[key]
+                    if name in state:
+                        if name in ROWS_OF and moment_of.dim():
+                            # Older states have none of rows that came after the last step.
+                            moment_of = grown(moment_of, len(state[name]))[: len(state[name])]
+                        if moment_of.shape != state[name].shape:
+                            raise ValueError(f"{key}: shape {tuple(state[key].shape)}, expected that of {name}")
+                    moments[key] = moment_of
         self.model.load_state_tensors(state)
         self.effects = effects
         self.steps = steps

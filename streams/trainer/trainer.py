@@ -254,9 +254,10 @@ class Trainer:
     def model(self) -> tuple[dict[str, torch.Tensor], models.Ids]:
         """The main model's weights, a copy, with the rows of the ids that live, and those ids."""
         weights = self._learners[MAIN].model.state_tensors()
-        live = {"users": self._users.live_rows(), "items": self._items.live_rows()}
+        tables = {"users": self._users, "items": self._items}
+        live = {name: torch.from_numpy(np.r_[0, table.live_rows()]) for name, table in tables.items()}
         for name, ids in ROWS_OF.items():
-            weights[name] = weights[name][torch.from_numpy(np.r_[0, live[ids]])]
+            weights[name] = weights[name][live[ids]]
         return weights, models.Ids(self._users.live_ids(), self._items.live_ids())
 
     def candidate(self, positions: Mapping[int, int], run: int = 0) -> Candidate:
