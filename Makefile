@@ -16,8 +16,9 @@ BIN := .venv/bin
 READY := .venv/.ready
 ARGS ?=
 
-# What a caller's environment says of another Python must not reach into ours.
-unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+# What a caller's environment says of another Python must not reach into ours; nor that it keep no compiled modules,
+# without which every process compiles torch and the rest anew (20 s and more).
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup smollm2 demo test lint lock clean
 

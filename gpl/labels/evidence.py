@@ -34,6 +34,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from gpl.arrays import grown
 from gpl.labels.matching import Floats, Ints
 
 Array = npt.NDArray[np.float64]
@@ -151,15 +152,6 @@ class Evidence:
         low = effect - radius if users >= _MIN_USERS else -math.inf
         return Reading(effect, low, min(1.0, max(0.0, low) / self.config.full_effect), float(count), users)
 
-    def merge(self, other: Evidence) -> None:
-        """Add what another has seen. Raises ValueError when the two are configured differently."""
-        if other.config != self.config:
-            raise ValueError(f"config: {other.config}, expected {self.config}")
-        self._grow(other._rows)
-        other._grow(self._rows)
-        for name, array in self.state_arrays().items():
-            array += other.state_arrays()[name]
-
     def state_arrays(self) -> dict[str, Array]:
         """All state, float64, by name; not copies. ``items`` has as many rows as were seen."""
         return {
@@ -186,10 +178,7 @@ class Evidence:
 
     def _grow(self, rows: int) -> None:
         self._rows = max(self._rows, rows)
-        if self._rows > len(self._items):
-            larger = np.zeros((max(self._rows, 2 * len(self._items)), 3))
-            larger[: len(self._items)] = self._items
-            self._items = larger
+        self._items = grown(self._items, self._rows)
 
     def _judge(
         self,

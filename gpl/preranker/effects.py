@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from gpl.arrays import grown
 from gpl.labels.matching import Floats
 from gpl.preranker.batch import Batch
 
@@ -47,10 +48,7 @@ class ItemEffects:
     def observe(self, batch: Batch) -> PairEffects:
         """Take in a batch and tell what is known of its pairs then, the batch included."""
         row = batch.item_row[batch.item]
-        if len(row) and int(row.max()) >= len(self._items):
-            larger = np.zeros((max(int(row.max()) + 1, 2 * len(self._items)), 3))
-            larger[: len(self._items)] = self._items
-            self._items = larger
+        self._items = grown(self._items, int(row.max(initial=-1)) + 1)
         known = ~np.isnan(batch.score)
         columns = np.stack([np.ones(len(row)), known, np.where(known, batch.score, 0.0)], axis=1)
         np.add.at(self._items, row, columns)
@@ -81,6 +79,5 @@ class ItemEffects:
             if state[name].ndim != dims or state[name].shape[-1] != 3:
                 raise ValueError(f"{name}: shape {state[name].shape}, expected {'(rows, 3)' if dims == 2 else '(3,)'}")
         items = np.array(state["items"], dtype=np.float64)
-        self._items = np.zeros((max(len(items), _MIN_CAPACITY), 3))
-        self._items[: len(items)] = items
+        self._items = grown(items, _MIN_CAPACITY)
         self._total = np.array(state["total"], dtype=np.float64)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
+from gpl.arrays import grown
 from gpl.catalogue import Catalogue
 from gpl.labels.matching import Floats, Ints
 from gpl.preranker.ids import IdTable
@@ -56,10 +57,7 @@ class Served:
 
     def put(self, item_id: str, row: int, vector: Floats) -> None:
         """The catalogue has put an item (dim,) into a row: from now on it scores from this content."""
-        if row >= len(self._side):
-            larger = np.zeros((max(2 * len(self._side), row + 1), self._side.shape[1]), np.float32)
-            larger[: len(self._side)] = self._side
-            self._side = larger
+        self._side = grown(self._side, row + 1)
         self._side[row] = self._network.item_side(self._items.rows([item_id]), vector[None])[0]
 
     def knows(self, user_id: str) -> bool:

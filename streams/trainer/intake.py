@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from streams.contracts import Label, decode
 from streams.dead_letters import Refused
 from streams.trainer.columns import Columns, Flat
+from streams.trainer.group import owner
 
 _SCORE_LIMIT = 1.001  # a cosine of float32 unit vectors, rounded
 
@@ -50,13 +51,19 @@ def read(
     ]
 
 
-def latest_of(records: Sequence[Any], ahead_seconds: float) -> list[int]:
-    """The latest event time that each record (a kafka ConsumerRecord) may tell of: as for recalls and feedback."""
-    return [record.timestamp + int(1000 * ahead_seconds) for record in records]
+def read_records(records: Sequence[Any], ranks: int, ahead_seconds: float) -> list[Columns | ValueError]:
+    """``read`` for records (kafka ConsumerRecords): each is the share of the one of so many ``ranks`` that fetches its
+    partition, and may tell of events so far ahead of its own time, as recalls and feedback may."""
+    return read(
+        [record.value for record in records],
+        [owner(record.partition, ranks) for record in records],
+        [record.timestamp + int(1000 * ahead_seconds) for record in records],
+    )
 
 
-def newest_of(times: Iterable[int | None]) -> int | None:
-    """The newest of the times that there are; None when there is none."""
+def newest_source_at(records: Iterable[Any]) -> int | None:
+    """``newest_at`` of the records (kafka ConsumerRecords) that name it; None when none does."""
+    times = (newest_at(record.headers) for record in records)
     return max((at for at in times if at is not None), default=None)
 
 

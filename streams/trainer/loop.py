@@ -33,7 +33,7 @@ from streams.trainer.checkpoint import Checkpoint, CheckpointStore
 from streams.trainer.columns import Columns
 from streams.trainer.exported import export
 from streams.trainer.gate import Refusal
-from streams.trainer.group import Alone, Group, owner
+from streams.trainer.group import Alone, Group
 from streams.trainer.journal import Journal
 from streams.trainer.publish import Publisher
 from streams.trainer.source import LabelSource, offsets_at
@@ -242,9 +242,8 @@ class Loop:
 
     def _train(self, records: list[Any]) -> None:
         labels: list[Columns] = []
-        ranks = [owner(record.partition, self._group.ranks) for record in records]
-        latest = intake.latest_of(records, self._settings.labels.max_ahead_seconds)
-        for record, found in zip(records, intake.read([r.value for r in records], ranks, latest), strict=True):
+        read = intake.read_records(records, self._group.ranks, self._settings.labels.max_ahead_seconds)
+        for record, found in zip(records, read, strict=True):
             if isinstance(found, Columns):
                 self._guard.accepted(record.topic, record.partition)
                 labels.append(found)
@@ -253,7 +252,7 @@ class Loop:
         metrics.EVENTS.labels("labels").inc(len(records))
         metrics.TRAINER_LAG_SECONDS.set(max(0.0, time.time() - max(r.timestamp for r in records) / 1000))
         try:
-            lines = self._trainer.train(labels, intake.newest_of(intake.newest_at(r.headers) for r in records))
+            lines = self._trainer.train(labels, intake.newest_source_at(records))
         except FloatingPointError as error:
             raise self._diverged(error) from error
         if self._journal is not None:

@@ -184,8 +184,11 @@ class Publisher:
         self, candidate: Candidate, last: ModelUpdate | None, fresh: int
     ) -> tuple[Mapping[str, float], Refusal | None]:
         accepted = self.store.accepted()
-        before, same_space = self._last_probe(last, candidate.versions)
-        figures = {} if last is None or accepted or not same_space else last.metrics
+        model = self._last_model(last)
+        spaces = candidate.versions["encoder"], candidate.versions["quantiser"]
+        comparable = model is None or (model.manifest.encoder, model.manifest.quantiser) == spaces
+        before = model.probe if model is not None and comparable else models.NO_PROBE
+        figures = last.metrics if last is not None and comparable and not accepted else {}
         moved = probe.compare(before, candidate.score)
         refusal = gate(
             candidate.weights,
@@ -201,21 +204,15 @@ class Publisher:
             self.store.clear_acceptance()
         return moved, refusal
 
-    def _last_probe(self, last: ModelUpdate | None, versions: Mapping[str, str]) -> tuple[models.Probe, bool]:
-        """What the last model said, and whether that is of the same frozen space: else it compares with nothing."""
+    def _last_model(self, last: ModelUpdate | None) -> models.Published | None:
+        """The model that was announced last; None when there is none, or its files are gone."""
         if last is None:
-            return models.NO_PROBE, True
+            return None
         try:
-            published = models.read(last.uri, last.checksum)
-            if (published.manifest.encoder, published.manifest.quantiser) == (
-                versions["encoder"],
-                versions["quantiser"],
-            ):
-                return published.probe, True
-            return models.NO_PROBE, False
-        except models.ModelError as error:  # its files are gone: nothing to compare with
+            return models.read(last.uri, last.checksum)
+        except models.ModelError as error:
             log.warning("last_model_unreadable", version=last.version, why=str(error))
-            return models.NO_PROBE, True
+            return None
 
     def _write(self, candidate: Candidate, figures: Mapping[str, float], now: int) -> str:
         present = [models.number_of(version) for version in self.store.versions()]

@@ -28,7 +28,6 @@ from streams.trainer import intake
 from streams.trainer.batch_journal import Batch, BatchJournal, Run, software
 from streams.trainer.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from streams.trainer.columns import Columns
-from streams.trainer.group import owner
 from streams.trainer.publish import Candidate
 from streams.trainer.source import in_merge_order
 from streams.trainer.trainer import Trainer
@@ -200,11 +199,9 @@ class _Replay:
     def _train(self, step: int, batch: Batch) -> None:
         self._apply(dict(batch.vectors))
         records = in_merge_order(self._labels.take(batch.labels))
-        ranks = [owner(r.partition, self._ranks) for r in records]
-        latest = intake.latest_of(records, self._settings.labels.max_ahead_seconds)
-        read = intake.read([r.value for r in records], ranks, latest)
+        read = intake.read_records(records, self._ranks, self._settings.labels.max_ahead_seconds)
         labels = [found for found in read if isinstance(found, Columns)]
-        self.trainer.train(labels, intake.newest_of(intake.newest_at(r.headers) for r in records))
+        self.trainer.train(labels, intake.newest_source_at(records))
         self.positions.update({p: end for p, _, end in batch.labels})
         if self.first_difference is None and self.trainer.loss != batch.loss:
             log.warning("rebuild_differs", step=step, loss=self.trainer.loss, journal=batch.loss)

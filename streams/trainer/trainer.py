@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 import torch
 
+from gpl.arrays import grown
 from gpl.catalogue import Catalogue
 from gpl.labels.evidence import Evidence, Reading
 from gpl.labels.matching import Floats
@@ -315,9 +316,7 @@ class Trainer:
     def _grow(self) -> None:
         for learner in self._learners.values():
             learner.model.grow(self._users.size, self._items.size)
-        missing = self._items.size - len(self._exposures)
-        if missing > 0:
-            self._exposures = np.concatenate([self._exposures, np.zeros(max(missing, len(self._exposures)), np.int64)])
+        self._exposures = grown(self._exposures, self._items.size)
         if self.step_count % _TAIL_STEPS == 1 or self._items.size < _FEW_ITEMS:
             self._tail = tail_threshold(self._exposures[self._items.live_rows()])
 

@@ -142,7 +142,7 @@ def test_evidence_fades_when_anchors_turn_bad():
     assert observe(evidence, records(rng, 3000, informative=-1.0)).read().weight == 0
 
 
-def test_state_goes_on_bit_for_bit_and_merges():
+def test_state_goes_on_bit_for_bit():
     made = records(np.random.default_rng(0), 400, informative=1.0)
     whole, first = observe(Evidence(SMALL), made), observe(Evidence(SMALL), made[:200])
     resumed = Evidence(SMALL)
@@ -150,11 +150,6 @@ def test_state_goes_on_bit_for_bit_and_merges():
     observe(resumed, made[200:])
     for name, array in whole.state_arrays().items():
         np.testing.assert_array_equal(array, resumed.state_arrays()[name])
-    other = observe(Evidence(SMALL), made[200:])
-    both = {name: first.state_arrays()[name] + array for name, array in other.state_arrays().items()}
-    first.merge(other)
-    for name, array in both.items():
-        np.testing.assert_array_equal(array, first.state_arrays()[name])
 
 
 @pytest.mark.parametrize("reused", [False, True])
@@ -216,8 +211,6 @@ def test_bad_input_is_named():
         Evidence(SMALL).load_state_arrays({"items": np.zeros((64, 3)), "total": np.zeros(3)})
     with pytest.raises(ValueError, match=r"items: shape \(3,\)"):
         Evidence(SMALL).load_state_arrays({name: np.zeros(3) for name in Evidence(SMALL).state_arrays()})
-    with pytest.raises(ValueError, match="config"):
-        Evidence(SMALL).merge(Evidence())
 
 
 @given(st.floats(-2, 3), st.floats(0, 1))
