@@ -144,6 +144,8 @@ def test_the_image_does_not_run_as_root_and_pins_what_make_pins() -> None:
     assert dockers is not None
     assert makes is not None
     assert dockers[1] == makes[1]
+    # The user of the image cannot keep compiled modules; without them each start compiles torch.
+    assert "UV_COMPILE_BYTECODE=1" in dockerfile.partition("uv pip install")[0]
 
 
 def test_constraints_pin_exact_versions_and_name_no_index() -> None:
