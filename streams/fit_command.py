@@ -21,7 +21,8 @@ def fit(
 ) -> None:
     """Fit what labelling needs from past items and feedback: space, semantic ids, anchor generator, calibration."""
     # torch and what is built on it are loaded only where something is fitted.
-    from streams.fitting import fit_directory, publish_calibration
+    from streams import calibrations
+    from streams.fitting import fit_directory
 
     settings = load(config)
     target = out or settings.artefacts
@@ -38,5 +39,5 @@ def fit(
         raise typer.Exit(1) from error
     typer.echo(f"artefacts written to {target}")
     if publish:
-        publish_calibration(settings.kafka, artefacts)
+        calibrations.publish(settings.kafka, artefacts.calibration)
         typer.echo("calibration published")

@@ -10,11 +10,9 @@ from gpl.catalogue import Catalogue, ItemContent
 from gpl.fit import Event, FitOptions
 from gpl.fit import fit as fit_artefacts
 from gpl.space import PRECOMPUTED, SentenceEncoder, choose_encoder, raw_vectors
-from streams.contracts import Calibration, Feedback, Item, calibration_record, encode
+from streams.contracts import Feedback, Item
 from streams.data.reader import records
-from streams.kafka import producer
-from streams.settings import KafkaSettings, Settings, SpaceSettings
-from streams.topics import full_name
+from streams.settings import Settings, SpaceSettings
 from streams.views import labeller_config
 
 Say = Callable[[str], None]
@@ -100,12 +98,3 @@ def exposures(feedback: Iterable[Feedback]) -> list[Event]:
         ts, clicked = found.get(key, (event.ts, False))
         found[key] = (min(ts, event.ts), clicked or event.kind == "click")
     return sorted((Event(user, item, *when) for (user, item, _), when in found.items()), key=lambda e: (e.ts, e))
-
-
-def publish_calibration(kafka: KafkaSettings, artefacts: Artefacts, ts: int = 0) -> Calibration:
-    """Put the calibration on its topic, in force from ``ts`` on, and wait until it is durable."""
-    record = calibration_record(artefacts.calibration.to_dict(), ts)
-    with producer(kafka) as out:
-        # Keyed by version: compaction keeps every version, since old requests may still ask for an old one.
-        out.send(full_name(kafka, "calibrations"), key=record.version.encode(), value=encode(record)).get(timeout=30)
-    return record

@@ -167,6 +167,7 @@ class Health:
         """The named loop works no more, on purpose, until the process is started again."""
         with self._lock:
             self._halted[loop] = reason
+            self._beats.pop(loop, None)
         HALTED.labels(loop).set(1)
 
     def halted(self) -> dict[str, str]:

@@ -284,10 +284,15 @@ class Settings(BaseSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_config_key(cls, values: Any) -> Any:
+    def _known_variables(cls, values: Any) -> Any:
         # GPL_CONFIG names the file; it is not a setting itself.
         if isinstance(values, dict):
             values.pop("config", None)
+        # A variable whose section does not exist is not looked at by pydantic-settings.
+        for name in os.environ:
+            section, nested, _ = name.upper().removeprefix("GPL_").partition("__")
+            if name.upper().startswith("GPL_") and nested and section.lower() not in cls.model_fields:
+                raise ValueError(f"{name}: there is no section {section.lower()!r}")
         return values
 
     @classmethod
@@ -312,7 +317,8 @@ class Settings(BaseSettings):
 def load(path: Path | None = None) -> Settings:
     """Settings in force. Raises FileNotFoundError for a named file that is missing, pydantic.ValidationError else."""
     if path is not None:
-        if not path.is_file():
-            raise FileNotFoundError(f"configuration file {path} does not exist")
         os.environ["GPL_CONFIG"] = str(path)
+    named = os.environ.get("GPL_CONFIG")
+    if named and not Path(named).is_file():
+        raise FileNotFoundError(f"configuration file {named} does not exist")
     return Settings()

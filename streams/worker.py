@@ -21,7 +21,7 @@ from gpl.artefacts import Artefacts
 from gpl.catalogue import Catalogue
 from gpl.index.base import VectorIndex
 from gpl.space import PRECOMPUTED, SentenceEncoder
-from streams import metrics
+from streams import calibrations, metrics
 from streams.contracts import ItemVector
 from streams.labels.agent import LabelsRole
 from streams.labels.catalogue import CatalogueRole
@@ -107,7 +107,7 @@ class Worker:
             self._fail,
             self._recalled.have if shared is not None else None,
         )
-        self._handlers["calibrations"] = labels.calibrations
+        self._handlers[calibrations.TOPIC] = labels.calibrations
         catalogue = CatalogueRole(
             settings,
             self._artefacts,
@@ -176,6 +176,8 @@ class Worker:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until ``stop`` is set. Raises what made a role fail: the process then exits and is started again."""
+        if calibrations.TOPIC in self._handlers:
+            await asyncio.to_thread(calibrations.publish_first, self._settings.kafka, self._artefacts.calibration)
         self._log = await asyncio.to_thread(LogView, self._settings.kafka, self._handlers)
         following = asyncio.ensure_future(self._log.follow(self._apply_changes))
         try:

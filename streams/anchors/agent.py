@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 import msgspec
 import structlog
@@ -35,7 +35,11 @@ log = structlog.get_logger()
 SOURCE = "anchor-requests"
 POISON = 3
 """Failures of the generator over one request alone, others being answered meanwhile, that make it a dead letter."""
+T = TypeVar("T")
+
 _STATES = {"closed": 0, "half_open": 1, "open": 2}
+STUCK = 10
+"""Times ``anchors.slow_wall_seconds`` that a call of the generator may take before its silence counts."""
 
 
 class Answered(msgspec.Struct):
@@ -171,7 +175,9 @@ class AnchorsRole(Role[Partition]):
             self._budget.spend(wanted)
             started = time.monotonic()
             try:
-                answers = await asyncio.to_thread(self._generate, histories, *self._trie_and_centroids())
+                call = asyncio.to_thread(self._generate, histories, *self._trie_and_centroids())
+                limit = STUCK * self.settings.anchors.slow_wall_seconds
+                answers = await awaited(call, lambda: self.health.beat("generator"), limit)
             except Exception as error:  # whatever a model raises: it may pass, and others are waiting
                 await self._failed(batch, partitions, error)
                 return
@@ -230,3 +236,16 @@ class AnchorsRole(Role[Partition]):
         given = [history for history in histories if len(history)]
         beams = iter(self._generator.generate(given, trie, self.settings.generator.beams))
         return [anchors_of(next(beams), centroids, history) if len(history) else None for history in histories]
+
+
+async def awaited(call: Awaitable[T], beat: Callable[[], None], limit: float) -> T:
+    """The outcome of a long call, with a ``beat`` a second for so many seconds: a model that needs long for a batch is
+    no standstill, or its process would be ended over and over."""
+    working, latest = asyncio.ensure_future(call), time.monotonic() + limit
+    try:
+        while not working.done() and time.monotonic() < latest:
+            beat()
+            await asyncio.wait({working}, timeout=1.0)
+        return await working
+    finally:
+        working.cancel()

@@ -23,7 +23,6 @@ from gpl.catalogue import ItemContent
 from gpl.fit import Event, FitOptions, fit
 from streams import topics
 from streams.contracts import Feedback, Item, Label, ModelUpdate, Recall, decode, encode
-from streams.fitting import publish_calibration
 from streams.kafka import producer
 from streams.log_view import LogView
 from streams.metrics import Health
@@ -75,13 +74,12 @@ def measure(kafka: KafkaSettings, directory: Path, plan: Plan) -> Stages:
     Raises TimeoutError when something does not start, or the last click is not served in time.
     """
     topics.create(kafka)
-    artefacts = _fit(directory)
+    _fit(directory)
     settings = Settings(
         artefacts=directory / "artefacts",
         kafka=kafka,
         trainer=TrainerSettings(models=directory / "models", checkpoints=directory / "checkpoints"),
     )
-    publish_calibration(kafka, artefacts)
     with contextlib.ExitStack() as stack:
         for command in (("worker", "all"), ("train",)):
             stack.enter_context(_process(command, _environment(settings, directory, plan), directory))
@@ -217,12 +215,10 @@ def _items() -> list[Item]:
     return [Item(f"item-{n}", "", embedding=vector.round(4).tolist()) for n, vector in enumerate(vectors)]
 
 
-def _fit(directory: Path) -> Any:
+def _fit(directory: Path) -> None:
     contents = [ItemContent(item.item_id, item.text, item.embedding) for item in _items()]
     past = [Event(f"past-{u}", f"item-{(u % 10) + 10 * k}", k, bool(k % 3)) for u in range(40) for k in range(12)]
-    artefacts = fit(contents, past, None, FitOptions(generator="history"), seed=0)
-    artefacts.save(directory / "artefacts")
-    return artefacts
+    fit(contents, past, None, FitOptions(generator="history"), seed=0).save(directory / "artefacts")
 
 
 def _environment(settings: Settings, directory: Path, plan: Plan) -> dict[str, str]:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import msgspec
 
 import gpl
-from streams.contracts import Calibration, Item, calibration_record, encode
+from streams.contracts import Item, encode
 from streams.data.reader import FILES, records
 from streams.data.validate import content_problem
 from streams.demo import movielens
@@ -26,14 +25,6 @@ from streams.settings import Settings
 Say = Callable[[str], None]
 
 _CONVERTERS = ("movielens.py", "upstream.py")
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """What was fitted on the first part of the data: ``artefacts`` (a directory) and the calibration to publish."""
-
-    artefacts: Path
-    calibration: Calibration
 
 
 def movielens_directory(root: Path, seed: int, say: Say) -> Path:
@@ -66,14 +57,9 @@ def place_of_fit(root: Path, data: Path, fraction: float, seed: int, settings: S
     return root / f"fitted-{_digest(msgspec.json.encode(parts), *_contents(data), *(p.read_bytes() for p in code))}"
 
 
-def load_fit(artefacts: Path) -> Fitted | None:
-    """The fit that is there, or None. Reads the manifest alone, so that torch stays out of the driver."""
-    path = artefacts / "manifest.json"
-    if not path.is_file():
-        return None
-    said = json.loads(path.read_text(encoding="utf-8"))["calibration"]
-    # In force from the beginning, whatever the times of the events are.
-    return Fitted(artefacts, calibration_record(said))
+def is_fitted(artefacts: Path) -> bool:
+    """Whether the fit is there; it is written whole or not at all."""
+    return (artefacts / "manifest.json").is_file()
 
 
 def carries_embeddings(data: Path, max_bytes: int) -> bool:

@@ -12,7 +12,6 @@ from typing import Any
 from streams.data.validate import Problem, problems
 from streams.demo import prepare
 from streams.demo.config import Place, install, merged, wanted
-from streams.demo.prepare import Fitted
 from streams.demo.timeline import Split, Timeline
 from streams.settings import Settings
 
@@ -107,7 +106,7 @@ def _look_over(data: Path, settings: Settings, say: Say) -> None:
 def fit(options: Options, say: Say) -> Path:
     """Everything that can be kept: convert, embed, fit. Quick when it is there already. Returns where the fit is."""
     ready = get_ready(options, say)
-    if prepare.load_fit(ready.fit) is None:
+    if not prepare.is_fitted(ready.fit):
         try:
             prepare.fit(ready.data, ready.split, ready.settings, options.seed, ready.fit, say)
         except ValueError as error:
@@ -118,16 +117,13 @@ def fit(options: Options, say: Say) -> Path:
     return ready.fit
 
 
-def fitted(options: Options, ready: Ready) -> Fitted:
-    """The fit, made in a process of its own if it is not there: what fitting needs (torch, an encoder) would stay in
+def ensure_fitted(options: Options, ready: Ready) -> None:
+    """Make the fit if it is not there, in a process of its own: what fitting needs (torch, an encoder) would stay in
     this one's memory. Raises DemoError.
     """
-    found = prepare.load_fit(ready.fit)
-    if found is None:
+    if not prepare.is_fitted(ready.fit):
         command = [sys.executable, "-m", "streams.cli", "demo", "--prepare", *options.arguments()]
         if subprocess.run(command, check=False).returncode != 0:
             raise DemoError("preparing failed; the reason stands above")
-        found = prepare.load_fit(ready.fit)
-    if found is None:
-        raise DemoError(f"the fit is not where it should be: {ready.fit}")
-    return found
+        if not prepare.is_fitted(ready.fit):
+            raise DemoError(f"the fit is not where it should be: {ready.fit}")

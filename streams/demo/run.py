@@ -1,6 +1,6 @@
 """The demo's driver: real parts as processes, the data through the real topics, and a report at the end.
 
-In the order of events: broker and topics, workers and trainer (``processes``), calibration and items, then recalls and
+In the order of events: broker and topics, workers and trainer (``processes``), items, then recalls and
 feedback at their pace (``stream``), while what comes out is followed (``follow``), watched (``monitor``) and shown
 (``live``). Every wait ends by a condition or a deadline, and whatever was started is stopped.
 """
@@ -20,16 +20,15 @@ from rich.console import Console
 from streams import topics
 from streams.broker.local import LocalBroker
 from streams.broker.select import choose, open_broker
-from streams.contracts import Item, encode
+from streams.contracts import Item
 from streams.data.reader import records
 from streams.demo import figures, report
 from streams.demo.config import Place, install
 from streams.demo.follow import Follower, Outcome, Recorder
 from streams.demo.live import LiveView, readable
 from streams.demo.monitor import Monitor
-from streams.demo.prepare import Fitted
 from streams.demo.processes import Parts
-from streams.demo.ready import DemoError, Options, Ready, fitted, get_ready
+from streams.demo.ready import DemoError, Options, Ready, ensure_fitted, get_ready
 from streams.demo.stream import Pacer, Sender, send_items
 from streams.demo.summary import Run
 
@@ -48,7 +47,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     started, started_at = time.monotonic(), datetime.now(UTC)
     view = LiveView(console)
     ready = get_ready(options, view.say)
-    fit = fitted(options, ready)
+    ensure_fitted(options, ready)
     prepared = time.monotonic()
     # Own names on the broker, so that runs on one broker do not meet.
     place = Place(options.directory.absolute(), f"gpl-demo-{started_at:%Y%m%d-%H%M%S}")
@@ -57,7 +56,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     view.say(f"broker: {choice.description}, {choice.reason}")
     with ExitStack() as stack:
         broker = stack.enter_context(open_broker(choice, ready.settings.kafka, place.directory / "broker"))
-        settings = install(place, ready.document, fit.artefacts, broker.bootstrap)
+        settings = install(place, ready.document, ready.fit, broker.bootstrap)
         topics.create(settings.kafka)
         recorder = Recorder(place.directory, settings.kafka.prefix)
         stack.callback(recorder.close)
@@ -69,7 +68,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         sender = Sender(settings.kafka)
         stack.callback(sender.close)
         stage = _Stage(ready, view, parts, follower, recorder.outcome, sender, started)
-        stage.fill_catalogue(fit, settings.kafka.max_record_bytes)
+        stage.fill_catalogue(settings.kafka.max_record_bytes)
         monitor = Monitor(parts, broker.pid if isinstance(broker, LocalBroker) else None)
         stream_seconds, held_seconds = stage.stream(monitor)
         stage.finish()
@@ -135,9 +134,8 @@ class _Stage:
         self._started = started
         self._to_show = ["first_label", "first_pseudo_label"]
 
-    def fill_catalogue(self, fit: Fitted, max_bytes: int) -> None:
-        """Send calibration and items; wait until each item has a vector or is a dead letter, and all is ready."""
-        self._sender.send("calibrations", fit.calibration.version.encode(), encode(fit.calibration))
+    def fill_catalogue(self, max_bytes: int) -> None:
+        """Send the items; wait until each item has a vector or is a dead letter, and all is ready."""
         ids = send_items(self._sender, self._ready.data / "items.jsonl", max_bytes)
         outcome = self._outcome
         limit = _START_SECONDS + len(ids) / _ITEMS_PER_SECOND

@@ -25,6 +25,7 @@ from threadpoolctl import threadpool_limits
 
 from streams import metrics
 from streams.frame import Frame
+from streams.liveness import exit_when_stalled
 from streams.scoring.scorer import Scorer
 from streams.scoring.server import MULTIPROCESS, create_app
 from streams.settings import Settings
@@ -62,7 +63,9 @@ def _serve(settings: Settings, frame: Frame) -> None:
     # Products of a request are small: threads that wait for each other cost more than they bring.
     threadpool_limits(1)
     torch.set_num_threads(1)
-    health = metrics.Health()
+    health = metrics.Health(settings.metrics.stalled_after_wall_seconds)
+    if settings.metrics.exit_when_stalled:
+        exit_when_stalled(health)
     app = create_app(Scorer(settings, frame, health), settings.serve, health)
     config = uvicorn.Config(
         app,

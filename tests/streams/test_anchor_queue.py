@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from streams.anchors.agent import awaited
 from streams.anchors.budget import Budget, CircuitBreaker
 from streams.anchors.waiting import OLDEST_EVERY, Waiting, WaitingRequests
 from streams.contracts import AnchorRequest
@@ -145,3 +150,33 @@ def test_the_breaker_opens_probes_and_closes():
     assert breaker.state(22) == "closed"
     breaker.failed(23)
     assert breaker.state(23) == "closed"
+
+
+async def _awaited(enough: int, limit: float) -> tuple[str, int]:
+    """What a call gives that ends once it was beaten for ``enough`` times, and how often that was."""
+    done, beats = threading.Event(), 0
+
+    def beat() -> None:
+        nonlocal beats
+        beats += 1
+        if beats == enough:
+            done.set()
+
+    def call() -> str:
+        done.wait(30 if limit else 0.1)
+        return "anchors"
+
+    return await awaited(asyncio.to_thread(call), beat, limit), beats
+
+
+def test_a_long_call_of_the_generator_beats_until_it_counts_as_stuck():
+    assert asyncio.run(_awaited(3, limit=60.0)) == ("anchors", 3)
+    assert asyncio.run(_awaited(3, limit=0.0)) == ("anchors", 0)
+
+
+def test_the_error_of_a_call_of_the_generator_comes_through():
+    async def fails() -> None:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        asyncio.run(awaited(fails(), lambda: None, 60.0))

@@ -11,9 +11,8 @@ from streams.settings import load
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("GPL_CONFIG", raising=False)
-    # load() names the file for child processes; undo that after the test.
-    monkeypatch.setenv("GPL_CONFIG", "gpl.toml")
+    monkeypatch.setenv("GPL_CONFIG", "")  # load() names the file for child processes; undo that after the test
+    monkeypatch.delenv("GPL_CONFIG")
 
 
 def test_environment_over_file_over_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -44,9 +43,20 @@ def test_what_cannot_be_set_is_named(tmp_path: Path, text: str, named: str):
     assert [".".join(map(str, e["loc"])) for e in error.value.errors()] == [named]
 
 
-def test_a_named_file_must_exist(tmp_path: Path):
+def test_a_named_file_must_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(FileNotFoundError, match=r"nope\.toml"):
         load(tmp_path / "nope.toml")
+    monkeypatch.setenv("GPL_CONFIG", "gone.toml")
+    with pytest.raises(FileNotFoundError, match=r"gone\.toml"):
+        load()
+
+
+def test_a_variable_of_no_section_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("GPL_SCORER_PORT", "tcp://10.0.0.1:80")  # as Kubernetes sets for a service named gpl-scorer
+    load()
+    monkeypatch.setenv("GPL_INDX__KIND", "server")
+    with pytest.raises(pydantic.ValidationError, match=r"GPL_INDX__KIND: there is no section 'indx'"):
+        load()
 
 
 def test_secrets_are_redacted(monkeypatch: pytest.MonkeyPatch):

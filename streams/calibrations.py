@@ -1,0 +1,42 @@
+"""The calibration that `gpl fit` made, on its topic: from there labels are calibrated, replayed and explained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import structlog
+
+from gpl.labels.calibration import Fitted
+from streams.contracts import Calibration, calibration_record, encode
+from streams.kafka import producer
+from streams.log_view import LogView
+from streams.settings import KafkaSettings
+from streams.topics import full_name
+
+log = structlog.get_logger()
+
+TOPIC = "calibrations"
+
+
+def publish(kafka: KafkaSettings, fitted: Fitted, ts: int = 0) -> Calibration:
+    """Put a calibration on its topic, in force from ``ts`` on, and wait until it is durable."""
+    record = calibration_record(fitted.to_dict(), ts)
+    with producer(kafka) as out:
+        # Keyed by version: compaction keeps every version, since old requests may still ask for an old one.
+        out.send(full_name(kafka, TOPIC), key=record.version.encode(), value=encode(record)).get(timeout=30)
+    return record
+
+
+def publish_first(kafka: KafkaSettings, fitted: Fitted) -> None:
+    """``publish`` from the beginning of time, if the topic has none; of several that do so all write the same record.
+
+    Raises TopicMissingError, TimeoutError when the topic cannot be read, and what the broker raises.
+    """
+    there: list[Any] = []
+    view = LogView(kafka, {TOPIC: there.append})
+    try:
+        view.warm_up()
+    finally:
+        view.close()
+    if not there:
+        log.info("calibration_published", version=publish(kafka, fitted).version)
