@@ -138,7 +138,9 @@ class LabelSettings(Section):
     store: Literal["memory", "disk"] = Field(
         "memory", description="where the recalls that are held are; disk is RocksDB, from the extra `disk`"
     )
-    store_path: Path = Field(Path("runs/recalls"), description="directory of the store on disk; of one machine (or container) alone")
+    store_path: Path = Field(
+        Path("runs/recalls"), description="directory of the store on disk; of one machine (or container) alone"
+    )
     max_open_requests: int = Field(
         500_000, ge=1, description="of a worker; over it the source that is ahead is not read"
     )

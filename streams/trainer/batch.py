@@ -19,8 +19,8 @@ from streams.trainer.columns import Columns
 class Request:
     """A request of a batch, for what is told of it. ``items``, ``score`` (n,): what is trained on, exposed ones first.
 
-    ``history``: what its user had liked. ``first``: no earlier revision of it was trained on. ``rank``: whose share of
-    the work it is.
+    ``history``: what its user liked. ``source``: as of ``Columns``. ``first``: no earlier revision of it was trained
+    on. ``rank``: whose share of the work it is.
     """
 
     request_id: str
@@ -28,6 +28,7 @@ class Request:
     ts: int
     first: bool
     history: list[str]
+    source: str
     items: list[str]
     score: Floats
     rank: int
@@ -141,6 +142,7 @@ def prepare(labels: Sequence[Columns], first: Sequence[bool], rows: Rows) -> Pre
                 label.ts,
                 first[i],
                 label.history,
+                label.source,
                 own,
                 score[start:end],
                 label.rank,

@@ -18,8 +18,9 @@ class Columns:
     """One label record of n items, the exposed ones first, m of them.
 
     ``history``: ids of what the user had liked. ``items`` (n,) ids; ``score`` (n,) raw anchor scores, NaN where there
-    is none; ``clicked`` (m,) 0 or 1; ``label`` and ``confidence`` (n - m,) of the unexposed. ``space``: encoder and
-    quantiser. float32. ``rank``: of the trainers' group, whose share of a step's work it is.
+    is none; ``clicked`` (m,) 0 or 1; ``label`` and ``confidence`` (n - m,) of the unexposed; float32. ``space``:
+    encoder and quantiser. ``source``: generator and configuration that made the scores, "" without anchors. ``rank``:
+    of the trainers' group, whose share of a step's work it is.
     """
 
     request_id: str
@@ -27,6 +28,7 @@ class Columns:
     user_id: str
     ts: int
     space: tuple[str, str]
+    source: str
     history: list[str]
     items: list[str]
     score: Floats
@@ -100,6 +102,7 @@ class Flat:
                     user_id=record.user_id,
                     ts=record.ts,
                     space=(record.provenance.encoder, record.provenance.quantiser),
+                    source=_source(record),
                     history=record.history,
                     items=items,
                     score=score[at:end],
@@ -110,6 +113,11 @@ class Flat:
             )
             at, shown_at = end, shown_end
         return made
+
+
+def _source(label: Label) -> str:
+    made_by = label.provenance
+    return "" if label.outcome == "no_anchors" else f"{made_by.generator} {made_by.config}"
 
 
 def columns(labels: Sequence[Label]) -> list[Columns]:

@@ -17,7 +17,7 @@ import torch
 
 from gpl.arrays import grown
 from gpl.catalogue import Catalogue
-from gpl.labels.evidence import Evidence, Reading
+from gpl.labels.evidence import Reading
 from gpl.labels.matching import Floats
 from gpl.preranker.batch import Batch
 from gpl.preranker.division import Division, Each
@@ -35,6 +35,7 @@ from streams.trainer.calibration import CalibrationWindow
 from streams.trainer.checkpoint import Checkpoint
 from streams.trainer.columns import Columns, columns
 from streams.trainer.dedup import DedupWindow, Trained
+from streams.trainer.evidence import SourcedEvidence
 from streams.trainer.journal import journal_lines
 from streams.trainer.publish import Candidate
 from streams.trainer.validation import Bools, ProgressiveWindow, evaluate, tail_threshold
@@ -62,6 +63,7 @@ class _State(msgspec.Struct):
     records: int
     newest_at: int | None
     journal: int
+    evidence_sources: list[str] | None = None  # of checkpoints that kept one evidence for all
 
 
 class Trainer:
@@ -97,7 +99,7 @@ class Trainer:
         self._dedup = DedupWindow(settings.dedup_requests)
         self._window = ProgressiveWindow(settings.window_records, list(self._learners))
         self._calibration = CalibrationWindow()
-        self._evidence = Evidence()
+        self._evidence = SourcedEvidence()
         self._recent: deque[Request] = deque(maxlen=probe.REQUESTS)
         self._newest_at: int | None = None
         self.loss: float | None = None
@@ -126,18 +128,12 @@ class Trainer:
             self._grow()
             exposed_rows = batch.item_row[batch.item[batch.exposed]]
             new, tail = self._exposures[exposed_rows] == 0, self._exposures[exposed_rows] <= self._tail
-            logits = self._train(batch, [r.rank for r in prepared.requests])
+            sources = [r.source for r in prepared.requests]
+            logits = self._train(batch, [r.rank for r in prepared.requests], sources)
             lines = self._validate(prepared.requests, batch, logits, new, tail)
             np.add.at(self._exposures, exposed_rows, 1)
             self._calibration.add(batch.score[batch.exposed], batch.clicked[batch.exposed])
-            self._evidence.observe(
-                batch.user_row,
-                batch.item_row[batch.item],
-                batch.request,
-                batch.score,
-                batch.exposed,
-                batch.clicked,
-            )
+            self._evidence.observe(batch, sources)
             self._recent.extend(prepared.requests)
         self._expire()
         self.records += records
@@ -157,7 +153,8 @@ class Trainer:
         }
 
     def evidence(self) -> Reading:
-        """How much the anchor scores tell about clicks beyond user and item; its weight scales lambda."""
+        """How much the anchor scores tell about clicks beyond user and item, those that came last; its weight scales
+        lambda."""
         return self._evidence.read()
 
     def ids(self) -> dict[str, int]:
@@ -181,7 +178,7 @@ class Trainer:
         requests, window = self._window.state()
         tensors["window"] = window
         tensors["calibration"] = self._calibration.state()
-        tensors["evidence"] = {n: torch.from_numpy(a.copy()) for n, a in self._evidence.state_arrays().items()}
+        evidence_sources, tensors["evidence"] = self._evidence.state()
         tensors["ids"] = {
             "users_seen": torch.from_numpy(users_seen),
             "items_seen": torch.from_numpy(items_seen),
@@ -196,6 +193,7 @@ class Trainer:
             records=self.records,
             newest_at=self._newest_at,
             journal=journal,
+            evidence_sources=evidence_sources,
         )
         return Checkpoint(
             step=self.step_count,
@@ -244,7 +242,7 @@ class Trainer:
         self._dedup.restore(state.dedup)
         self._window.restore(state.window, checkpoint.tensors["window"])
         self._calibration.restore(checkpoint.tensors["calibration"])
-        self._evidence.load_state_arrays({n: t.numpy() for n, t in checkpoint.tensors["evidence"].items()})
+        self._evidence.restore(state.evidence_sources, checkpoint.tensors["evidence"])
         self._tail = state.tail
         self._newest_at = state.newest_at
         self.records = state.records
@@ -335,14 +333,15 @@ class Trainer:
             metrics.IDS_FORGOTTEN.labels("users").inc(len(users))
             metrics.IDS_FORGOTTEN.labels("items").inc(len(items))
 
-    def _train(self, batch: Batch, ranks: Sequence[int]) -> dict[str, Floats]:
-        """Train every model on the batch. Returns the logits (P,) that each gave its pairs before that."""
+    def _train(self, batch: Batch, ranks: Sequence[int], sources: Sequence[str]) -> dict[str, Floats]:
+        """Train every model on the batch, with the ranks and sources of its requests. Returns the logits (P,) that each
+        gave its pairs before that."""
         content, logits = self._catalogue.vectors, {}
         division = None if self._each is None else Division(np.array(ranks, np.int64), self._each)
         # Of earlier batches: what this one teaches must not depend on its own clicks twice.
         weight = sharpness = 1.0
         if self._settings.evidence:
-            reading = self._evidence.read()
+            reading = self._evidence.read(sources)
             weight, sharpness = reading.weight, reading.sharpness
         for name, learner in self._learners.items():
             exposed_only = learner.loss.scaled(weight).exposed_only  # its step leaves the unexposed pairs out

@@ -464,9 +464,9 @@ def test_evidence_forgets_items_with_their_rows(catalogue: Catalogue) -> None:
     tensors = trainer.checkpoint({}, 0).tensors
     # Every pair has a score, and effects are known to forget: candidacies with one, by row.
     effects = next(t for name, t in tensors["model"].items() if name.endswith("effects.items"))
-    seen = tensors["evidence"]["items"]
+    seen = tensors["evidence"]["0.items"]
     assert torch.equal(seen[:, 0], effects[: len(seen), 1])
-    assert float(tensors["evidence"]["total"][0]) == float(seen[:, 0].sum())
+    assert float(tensors["evidence"]["0.total"][0]) == float(seen[:, 0].sum())
 
 
 def test_without_pseudo_labels_there_is_nothing_to_rank_among(catalogue: Catalogue) -> None:
