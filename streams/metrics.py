@@ -19,6 +19,15 @@ from prometheus_client import Counter, Gauge, Histogram, make_wsgi_app
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIEnvironment
 
+
+def _from_zero(counter: Counter, *values: str) -> Counter:
+    """The counter with its series at 0 from the start: of one that begins at 1, an increase does not see the first."""
+    for value in values:
+        counter.labels(value)
+    return counter
+
+
+_ANCHOR_REASONS = ("cold", "drift", "stale", "version")
 _DELAYS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 # Every consumer.
@@ -37,8 +46,12 @@ HEARTBEAT = Gauge(
 CONSUMER_LAG = Gauge("gpl_consumer_lag", "Records behind the end of a partition", ["topic", "partition"])
 
 # Profiles and anchors.
-ANCHOR_REQUESTS = Counter("gpl_anchor_requests_total", "Anchor refreshes asked for", ["reason"])
-ANCHORS_REFRESHED = Counter("gpl_anchors_refreshed_total", "Anchor refreshes published", ["reason"])
+ANCHOR_REQUESTS = _from_zero(
+    Counter("gpl_anchor_requests_total", "Anchor refreshes asked for", ["reason"]), *_ANCHOR_REASONS
+)
+ANCHORS_REFRESHED = _from_zero(
+    Counter("gpl_anchors_refreshed_total", "Anchor refreshes published", ["reason"]), *_ANCHOR_REASONS
+)
 ANCHOR_SECONDS = Histogram("gpl_anchor_generation_seconds", "Generating one batch of anchors", buckets=_DELAYS)
 ANCHOR_REQUESTS_WAITING = Gauge("gpl_anchor_requests_waiting", "Anchor requests that wait for the generator")
 ANCHOR_REQUEST_OLDEST = Gauge("gpl_anchor_request_oldest_seconds", "How long the longest waiting request has waited")
@@ -70,7 +83,9 @@ PAUSED_PARTITIONS = Gauge("gpl_paused_partitions", "Partitions not read because 
 PAUSES = Counter("gpl_pauses_total", "Times that a partition was paused because memory was at its cap", ["topic"])
 LATE_RECALLS = Counter("gpl_late_recalls_total", "Recalls that came after their window and retention were over")
 LABEL_STAGE_SECONDS = Counter("gpl_label_stage_seconds_total", "Processor time of the labels role by stage", ["stage"])
-REQUESTS_CLOSED = Counter("gpl_requests_closed_total", "Requests labelled, first revisions", ["outcome"])
+REQUESTS_CLOSED = _from_zero(
+    Counter("gpl_requests_closed_total", "Requests labelled, first revisions", ["outcome"]), "labelled", "no_anchors"
+)
 LABELS = Counter("gpl_labels_total", "Labels published, first revisions and corrections", ["kind"])
 LABEL_DELAY = Histogram(
     "gpl_label_delay_seconds",
@@ -81,7 +96,8 @@ CORRECTIONS = Counter("gpl_corrections_total", "Label revisions above 0", ["caus
 LATE_FEEDBACK = Counter("gpl_late_feedback_total", "Feedback that arrived after its request had closed")
 ORPHAN_FEEDBACK = Counter("gpl_orphan_feedback_total", "Feedback that joined no request")
 DUPLICATES = Counter("gpl_duplicate_records_total", "Redelivered or repeated records, dropped", ["topic"])
-UNKNOWN_CANDIDATES = Counter("gpl_unknown_candidates_total", "Candidates without a vector, left out")
+CANDIDATES = Counter("gpl_candidates_total", "Candidates of labelled requests, at corrections again")
+UNKNOWN_CANDIDATES = Counter("gpl_unknown_candidates_total", "Those of them without a vector, left out")
 
 # Trainer.
 TRAINER_STEPS = Counter("gpl_trainer_steps_total", "Optimizer steps")
@@ -111,7 +127,11 @@ PROGRESSIVE_SLICE = Gauge(
 PROGRESSIVE = Gauge("gpl_progressive", "Progressive validation over the sliding window", ["metric", "model"])
 CHECKPOINT_TIME = Gauge("gpl_checkpoint_timestamp_seconds", "When the last checkpoint was written")
 MODELS_PUBLISHED = Counter("gpl_models_published_total", "Models published")
-PUBLICATIONS_REFUSED = Counter("gpl_publications_refused_total", "Models that the gate refused", ["reason"])
+MODELS_PINNED = Gauge("gpl_models_pinned", "1 while a version is pinned, so that models are made and not announced")
+PUBLICATIONS_REFUSED = _from_zero(
+    Counter("gpl_publications_refused_total", "Models that the gate refused", ["reason"]),
+    *("not_finite", "few_records", "one_class", "click_rate", "one_user", "regression", "drift"),
+)
 PUBLICATION_BLOCKED = Gauge("gpl_publication_blocked", "1 while the last attempt to publish was refused")
 MODEL_AGE = Gauge("gpl_model_age_seconds", "Age, at publication, of the newest event in the published model")
 

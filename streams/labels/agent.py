@@ -352,4 +352,5 @@ class LabelsRole(Role[Partition]):
             metrics.ANCHOR_AGE.observe((label.ts - anchors.ts) / 1000)
         metrics.LABELS.labels("exposed").inc(len(label.exposed.item))
         metrics.LABELS.labels("unexposed").inc(len(label.unexposed.item))
+        metrics.CANDIDATES.inc(label.provenance.candidates)
         metrics.UNKNOWN_CANDIDATES.inc(label.provenance.unknown)

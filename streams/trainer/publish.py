@@ -150,6 +150,7 @@ class Publisher:
         if fresh <= 0:  # it started from before what serves
             fresh = self._settings.recent_records
         self._attempted = candidate.records
+        metrics.MODELS_PINNED.set(self.store.pinned() is not None)
         moved, refusal = self._judge(candidate, last, fresh)
         if refusal is not None:
             self.refuse(refusal, candidate.step)

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from streams import models
 from streams.contracts import ModelUpdate, decode
 from streams.log_view import LogView
 from streams.settings import KafkaSettings, TrainerSettings
+from streams.trainer import publish
 from streams.trainer.gate import RULES, Feed, gate
 from streams.trainer.publish import Announced, Candidate, Publisher, announce, update_of
 
@@ -279,6 +281,21 @@ def test_a_pin_holds_until_it_is_taken_off_and_outlives_restarts(
         assert fourth is not None and announced(kafka_settings) == [first, fourth]
 
 
+def test_a_pin_shows_from_the_next_attempt_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = SimpleNamespace(last=None, refresh=lambda: None, close=lambda: None)
+    monkeypatch.setattr(publish, "Announced", lambda *_: nothing)
+    monkeypatch.setattr(publish, "announce", lambda *_: None)
+    with closing(Publisher(KafkaSettings(), own(tmp_path), None)) as publisher:
+        publisher.publish(candidate(1))
+        assert REGISTRY.get_sample_value("gpl_models_pinned") == 0
+        publisher.store.pin(publisher.store.versions()[0])
+        assert publisher.publish(candidate(2, evaluated=9)) is None  # refused, and pinned all the same
+        assert REGISTRY.get_sample_value("gpl_models_pinned") == 1
+        publisher.store.unpin()
+        assert publisher.publish(candidate(3)) is not None
+        assert REGISTRY.get_sample_value("gpl_models_pinned") == 0
+
+
 def test_a_pin_that_comes_between_look_and_announcement_wins(
     kafka_settings: KafkaSettings, producer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,7 +305,7 @@ def test_a_pin_that_comes_between_look_and_announcement_wins(
         looks: list[models.Pin | None] = []
 
         def pinned() -> models.Pin | None:
-            looks.append(None if not looks else models.Pin(first.version, 0))
+            looks.append(None if len(looks) < 2 else models.Pin(first.version, 0))  # the attempt's, the announcement's
             return looks[-1]
 
         monkeypatch.setattr(publisher.store, "pinned", pinned)
