@@ -225,7 +225,8 @@ class Publisher:
 
     async def dead_letter(self, original: dead_letters.Original, error: Exception, then: Callable[[], None]) -> None:
         """Write the record's original bytes and headers to the dead letters, then acknowledge it through ``then``."""
-        metrics.DEAD_LETTERS.labels(original.topic, dead_letters.reason_of(error)).inc()
+        topic = original.topic.removeprefix(self._kafka.prefix)
+        metrics.DEAD_LETTERS.labels(topic, dead_letters.reason_of(error)).inc()
         log.warning(
             "dead letter",
             topic=original.topic,

@@ -80,7 +80,7 @@ class LogView:
             try:
                 self._handlers[record.topic](record)
             except (ValueError, OverflowError) as error:  # msgspec's errors of decoding are ValueErrors too
-                metrics.STATE_RECORDS_SKIPPED.labels(record.topic).inc()
+                metrics.STATE_RECORDS_SKIPPED.labels(record.topic.removeprefix(self._prefix)).inc()
                 log.error(
                     "record passed over",
                     topic=record.topic,

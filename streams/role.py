@@ -214,8 +214,10 @@ class Role(Generic[P]):
     # --- what the intake calls ----------------------------------------------------------------------------------
 
     def revoked(self) -> None:
-        for partition in self.partitions.values():
+        for number, partition in self.partitions.items():
             partition.revoke()
+            for source in self._sources.values():
+                metrics.CONSUMER_LAG.remove(source, str(number))  # whoever reads it next tells
         self.partitions = {}
         self._forget_state()
 
@@ -321,9 +323,9 @@ class Role(Generic[P]):
             for topic, source in self._sources.items():
                 quiet = self.quiet_for(partition, source, now) > QUIET
                 behind = await self._behind(topic, number, partition.next_offset.get(source), quiet)
-                if behind is None:
+                if behind is None or not self.owns(number, partition):
                     continue
-                metrics.CONSUMER_LAG.labels(topic, str(number)).set(behind)
+                metrics.CONSUMER_LAG.labels(source, str(number)).set(behind)
                 if source == partition.paused:
                     partition.last_arrival[source] = now  # not asked, so neither starved nor at its end
                     continue

@@ -275,7 +275,7 @@ class Loop:
         self._guard.refused(original.topic, original.partition, original.offset, error)
         if not self._leads:
             return
-        metrics.DEAD_LETTERS.labels(original.topic, dead_letters.reason_of(error)).inc()
+        metrics.DEAD_LETTERS.labels("labels", dead_letters.reason_of(error)).inc()
         log.warning("dead_letter", topic=record.topic, partition=record.partition, offset=record.offset, why=str(error))
         sent = self._producer.send(
             full_name(self._settings.kafka, dead_letters.TOPIC),
@@ -312,7 +312,7 @@ class Loop:
 
     def _export(self) -> None:
         for partition, behind in self._source.lag().items():
-            metrics.CONSUMER_LAG.labels(full_name(self._settings.kafka, "labels"), str(partition)).set(behind)
+            metrics.CONSUMER_LAG.labels("labels", str(partition)).set(behind)
         if self._trainer.step_count == self._exported_step:
             return
         self._exported_step = self._trainer.step_count

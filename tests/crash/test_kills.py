@@ -96,4 +96,4 @@ def test_a_dead_workers_partitions_are_taken_over(
 def worker_lag(worker: Worker) -> list[int]:
     """A one for every partition of recalls that the worker reports on."""
     rows = worker.get("/metrics")[1].splitlines()
-    return [1 for row in rows if row.startswith("gpl_consumer_lag{") and '.recalls"' in row]
+    return [1 for row in rows if row.startswith("gpl_consumer_lag{") and 'topic="recalls"' in row]

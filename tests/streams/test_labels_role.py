@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import msgspec
 import numpy as np
 from faust.types import TP
+from prometheus_client import REGISTRY
 
 from streams import metrics
 from streams.contracts import Feedback, Label, Recall, UserAnchors, encode
@@ -117,3 +118,24 @@ async def test_recalls_that_come_too_late_count_towards_the_cap() -> None:
         await site.receive("recalls", [Recall(f"late{n}", "u", START + n, ["0"])])
     assert site.letters == ["late"] * 20
     assert role.halted
+
+
+async def test_the_lag_of_a_partition_that_has_gone_is_not_told_any_more() -> None:
+    def lag(source: str) -> float | None:
+        return REGISTRY.get_sample_value("gpl_consumer_lag", {"topic": source, "partition": "0"})
+
+    role = Site(Settings()).role
+
+    async def behind(*_: object) -> int:
+        return 3
+
+    async def gone_meanwhile(*_: object) -> int:
+        role.revoked()
+        return 4
+
+    role._behind = behind  # type: ignore[method-assign]
+    await role._tick()
+    assert (lag("recalls"), lag("feedback")) == (3, 3)
+    role._behind = gone_meanwhile  # type: ignore[method-assign]
+    await role._tick()
+    assert (lag("recalls"), lag("feedback")) == (None, None)
