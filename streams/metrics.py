@@ -73,7 +73,9 @@ ANCHOR_AGE = Histogram(
 LATE_POSITIVES = Counter("gpl_late_positives_total", "Clicks behind the profile's cursor, not applied")
 
 # Labels.
-CATALOGUE_ITEMS = Gauge("gpl_catalogue_items", "Items with a vector in this process")
+CATALOGUE_ITEMS = Gauge(
+    "gpl_catalogue_items", "Items with a vector in this worker or scorer", multiprocess_mode="livemin"
+)
 INDEX_UNAVAILABLE = Counter("gpl_index_unavailable_total", "Calls that the index server did not answer, tried again")
 OPEN_REQUESTS = Gauge("gpl_open_requests", "Requests whose window is not over")
 RETAINED_REQUESTS = Gauge("gpl_retained_requests", "Requests held, open and correctable")

@@ -8,14 +8,15 @@ import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
+from prometheus_client import Gauge
 from prometheus_client.metrics import MetricWrapperBase
 from typer.main import get_command
 
-from streams import metrics
+from streams import contracts, metrics
 from streams import settings as settings_module
 from streams.cli import app
 from streams.settings import Settings
@@ -172,6 +173,10 @@ def declared() -> dict[str, str]:
     return names
 
 
+def names(metric: MetricWrapperBase) -> list[str]:
+    return [family.name + ("_total" if family.type == "counter" else "") for family in metric.describe()]
+
+
 def label_names(metric: str) -> set[str]:
     base = re.sub(r"_(total|bucket|sum|count)$", "", metric)
     found = next(m for m in vars(metrics).values() if isinstance(m, MetricWrapperBase) and m._name in (base, metric))
@@ -216,6 +221,46 @@ def test_alerts_say_what_happened_and_how_urgent_it_is() -> None:
     for rule in alerts:
         assert rule["labels"]["severity"] in {"page", "warn"}, rule["alert"]
         assert rule["annotations"]["summary"], rule["alert"]
+
+
+def test_alerts_see_the_first_of_a_kind() -> None:
+    volumes = {"gpl_events_total"}  # never a matter of one
+    for rule in RULES:
+        for name in re.findall(r"increase\((gpl_\w+)", rule["expr"] if "alert" in rule else ""):
+            metric = next(m for m in vars(metrics).values() if isinstance(m, MetricWrapperBase) and name in names(m))
+            begins_at_0 = not metric._labelnames or bool(metric._metrics)
+            assert begins_at_0 or name in volumes or f"{name} unless {name} offset" in rule["expr"], rule["alert"]
+
+
+def test_counters_that_begin_at_0_have_the_values_that_the_code_counts() -> None:
+    from streams.trainer.gate import RULES as REFUSALS  # brings torch
+
+    reasons = get_args(get_type_hints(contracts.AnchorRequest)["reason"])
+    outcomes = get_args(get_type_hints(contracts.Label)["outcome"])
+    for counter, values in (
+        (metrics.ANCHOR_REQUESTS, reasons),
+        (metrics.ANCHORS_REFRESHED, reasons),
+        (metrics.REQUESTS_CLOSED, outcomes),
+        (metrics.PUBLICATIONS_REFUSED, REFUSALS),
+    ):
+        assert {value for (value,) in counter._metrics} == set(values), counter
+
+
+def test_panels_draw_what_every_process_exports_only_where_it_means_something() -> None:
+    """A gauge without labels is 0 in the processes that never set it."""
+    gauges = [m._name for m in vars(metrics).values() if isinstance(m, Gauge) and not m._labelnames]
+    for panel in DASHBOARD["panels"]:
+        for expression in (target["expr"] for target in panel.get("targets", [])):
+            for name in re.findall(rf"\b(?:{'|'.join(gauges)})\b", expression):
+                chosen = rf"{name}(\{{role| > 0)|\b(sum|max)\({name}\)"
+                assert re.search(chosen, expression), f"{panel['title']}: {expression}"
+
+
+def test_feedback_that_two_roles_read_is_counted_once() -> None:
+    for where, expression in expressions():
+        for selector in re.findall(r"gpl_events_total(\{[^}]*\})?", expression):
+            once = "role" in selector or 'topic="recalls"' in selector or "by (role" in expression
+            assert once, f"{where}: {expression}"
 
 
 def test_models_in_rules_are_those_of_the_trainer() -> None:

@@ -230,6 +230,7 @@ class Scorer:
         try:
             while not self._stop.is_set():
                 view.apply(view.fetch(0.2))
+                metrics.CATALOGUE_ITEMS.set(len(self._catalogue))
                 if view.caught_up():
                     self.refresh()
                     self._health.done("views")
