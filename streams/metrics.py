@@ -104,7 +104,9 @@ UNKNOWN_CANDIDATES = Counter("gpl_unknown_candidates_total", "Those of them with
 # Trainer.
 TRAINER_STEPS = Counter("gpl_trainer_steps_total", "Optimizer steps")
 TRAINER_RECORDS = Counter("gpl_trainer_records_total", "Label records trained on")
-TRAINER_SKIPPED = Counter("gpl_trainer_skipped_total", "Labels not trained on: items without a vector", ["reason"])
+TRAINER_SKIPPED = Counter(
+    "gpl_trainer_skipped_total", "Items without a vector, and records of another space, not trained on", ["reason"]
+)
 TRAINER_LAG_SECONDS = Gauge("gpl_trainer_lag_seconds", "Age, when it was trained on, of the newest label record")
 IDS = Gauge("gpl_ids", "Ids in the pre-ranker's tables", ["table"])
 IDS_FORGOTTEN = Counter("gpl_ids_forgotten_total", "Ids let go of: not seen for long, or over the cap", ["table"])

@@ -30,31 +30,39 @@ class Section(BaseModel):
 
 
 class KafkaSettings(Section):
-    bootstrap_servers: str = "127.0.0.1:9092"
+    bootstrap_servers: str = Field("127.0.0.1:9092", description="host:port of brokers, separated by commas")
     prefix: str = Field("gpl.", pattern=r"^[A-Za-z0-9._-]*$", description="put before every topic name")
     group_prefix: str = Field("gpl-", description="put before every consumer group")
     partitions: int = Field(6, ge=1, description="of all topics that are keyed by user")
-    replication_factor: int = Field(1, ge=1)
+    replication_factor: int = Field(
+        1, ge=1, description="of the topics that `gpl topics create` makes; `check` reports those with fewer replicas"
+    )
     max_record_bytes: int = Field(
         8 * 2**20, ge=1024, description="cap on one record, enforced at the producer and topic"
     )
     compression: Literal["none", "gzip", "lz4", "snappy", "zstd"] = Field(
         "zstd", description="of what is produced; measured on labels: 33 times as fast as gzip, and as small"
     )
-    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
-    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None
-    sasl_username: str | None = None
-    sasl_password: SecretStr | None = None
-    ssl_cafile: Path | None = None
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
+        "PLAINTEXT", description="how brokers are spoken to"
+    )
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = Field(
+        None, description="for the protocols with SASL"
+    )
+    sasl_username: str | None = Field(None, description="for SASL")
+    sasl_password: SecretStr | None = Field(None, description="for SASL")
+    ssl_cafile: Path | None = Field(
+        None, description="authorities that brokers' certificates are checked against; None: the system's"
+    )
 
 
 class IndexSettings(Section):
     kind: Literal["edge", "server"] = Field("edge", description="embedded shard of this process, or a Qdrant server")
-    url: str = "http://127.0.0.1:6333"
+    url: str = Field("http://127.0.0.1:6333", description="of the server")
     grpc_port: int | None = Field(None, ge=1, le=65535, description="of the server: gRPC instead of HTTP")
     timeout_seconds: int = Field(30, ge=1, description="of one call of the server")
-    api_key: SecretStr | None = None
-    collection: str = "gpl-items"
+    api_key: SecretStr | None = Field(None, description="of the server")
+    collection: str = Field("gpl-items", description="of the server; the version of the space is put after it")
     path: Path = Field(Path("runs/index"), description="directory of the embedded shard")
 
 
@@ -64,17 +72,22 @@ class SpaceSettings(Section):
         description='sentence-transformers name or path, or "precomputed" for vectors that come with the items',
     )
     cache: Path = Field(Path(".cache/embeddings"), description="raw embeddings by content hash")
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(64, ge=1, description="texts that are embedded at a time")
 
 
 class CodesSettings(Section):
-    kind: Literal["rq-kmeans", "rq-vae"] = "rq-kmeans"
+    kind: Literal["rq-kmeans", "rq-vae"] = Field(
+        "rq-kmeans", description="how items get semantic ids (docs/semantic-ids.md)"
+    )
     levels: int | None = Field(None, ge=1, le=8, description="None: chosen from the catalogue's size")
     codebook_size: int | None = Field(None, ge=2, le=4096, description="None: chosen from the catalogue's size")
 
 
 class GeneratorSettings(Section):
-    kind: Literal["small-lm", "lora-lm", "history"] = "small-lm"
+    kind: Literal["small-lm", "lora-lm", "history"] = Field(
+        "small-lm",
+        description="what makes anchors: a small language model, a pre-trained one, or clusters of the history",
+    )
     base_model: str = Field("smollm2", description="of lora-lm: smollm2, or any causal LM by directory or hub name")
     beams: int = Field(10, ge=1, le=200, description="anchors a user, K")
     history: int = Field(50, ge=1, description="most recent positives read by the generator")
@@ -96,13 +109,19 @@ class CalibrationSettings(Section):
 
 
 class ProfileSettings(Section):
-    min_positives: int = Field(3, ge=1)
+    min_positives: int = Field(3, ge=1, description="clicks that a user needs for the first anchors")
     max_positives: int = Field(100, ge=1, description="kept per user, newest first to stay")
-    max_age_seconds: float = Field(7 * 86400, gt=0)
-    min_interval_seconds: float = Field(1800, ge=0)
+    max_age_seconds: float = Field(
+        7 * 86400, gt=0, description="a click that comes this long after the user's anchors asks for new ones"
+    )
+    min_interval_seconds: float = Field(
+        1800, ge=0, description="between two requests for a user's anchors, whatever asks for them"
+    )
     drift_delta: float = Field(0.05, ge=0, description="Page-Hinkley tolerance, in units of the anchor miss")
     drift_threshold: float = Field(0.5, gt=0, description="Page-Hinkley alarm level")
-    allowed_lateness_seconds: float = Field(60, ge=0)
+    allowed_lateness_seconds: float = Field(
+        60, ge=0, description="clicks wait this long for earlier ones; one that comes later still is not applied"
+    )
     idle_timeout_wall_seconds: float | None = Field(
         None,
         gt=0,
@@ -111,8 +130,10 @@ class ProfileSettings(Section):
 
 
 class AnchorSettings(Section):
-    batch_size: int = Field(64, ge=1)
-    batch_wait_wall_seconds: float = Field(0.05, gt=0)
+    batch_size: int = Field(64, ge=1, description="requests that the generator is given at a time")
+    batch_wait_wall_seconds: float = Field(
+        0.05, gt=0, description="until requests are looked for again when there were none"
+    )
     refreshes_per_minute: int = Field(
         0, ge=0, description="budget of a worker; what is over it waits, the neediest first to be served; 0: no bound"
     )
@@ -125,7 +146,11 @@ class AnchorSettings(Section):
 
 class LabelSettings(Section):
     window_seconds: float = Field(1800, gt=0, description="feedback counts up to this long after the recall")
-    allowed_lateness_seconds: float = Field(60, ge=0)
+    allowed_lateness_seconds: float = Field(
+        60,
+        ge=0,
+        description="a window closes when event time is this far past its end, so that late events still count",
+    )
     idle_timeout_wall_seconds: float | None = Field(
         None,
         gt=0,
@@ -147,11 +172,13 @@ class LabelSettings(Section):
     max_retained_bytes: int = Field(
         4 * 2**30, ge=2**20, description="estimated memory of what a worker holds; over it the source ahead is not read"
     )
-    matching: Literal["max", "kernel"] = "max"
-    kernel_tau: float = Field(1.0, gt=0)
-    dispersion: bool = True
-    history: bool = True
-    generation: bool = True
+    matching: Literal["max", "kernel"] = Field(
+        "max", description="an item's score: cosine to the nearest anchor, or a kernel over all of them"
+    )
+    kernel_tau: float = Field(1.0, gt=0, description="width of the kernel, exp((cosine - 1) / tau)")
+    dispersion: bool = Field(True, description="confidence counts how closely the user's anchors agree")
+    history: bool = Field(True, description="confidence counts how near the anchor is to the user's history")
+    generation: bool = Field(True, description="confidence counts how probable the generator found the anchor")
     max_ahead_seconds: float = Field(
         300,
         ge=0,
@@ -186,11 +213,11 @@ class TrainerSettings(Section):
         Path("runs/checkpoints"), description="a directory, or a URL such as s3://bucket/path"
     )
     models: Location = Field(Path("runs/models"), description="the same; scorers must reach it too")
-    model_name: str = "preranker"
+    model_name: str = Field("preranker", description="under which models are announced, and which scorers serve")
     batch_records: int = Field(32, ge=1, description="label records a step")
-    dim: int = Field(64, ge=1)
-    learning_rate: float = Field(3e-3, gt=0)
-    weight_decay: float = Field(1e-5, ge=0)
+    dim: int = Field(64, ge=1, description="width of the pre-ranker's embeddings")
+    learning_rate: float = Field(3e-3, gt=0, description="of Adam")
+    weight_decay: float = Field(1e-5, ge=0, description="of the projection of item vectors alone")
     pseudo_weight: float = Field(
         3.0, ge=0, description="lambda, the weight of the pseudo-label loss; 0 is exposed only"
     )
@@ -205,20 +232,22 @@ class TrainerSettings(Section):
     negatives: Literal["softmax", "pointwise"] = Field(
         "softmax", description="softmax ranks clicks above them; pointwise is milder to rare items"
     )
-    loss: Literal["listwise", "pointwise"] = "listwise"
+    loss: Literal["listwise", "pointwise"] = Field("listwise", description="form of the pseudo-label loss")
     personal: bool = Field(
         False, description="listwise labels teach taste alone, not how good items are; for users of many clicks"
     )
     shadow: bool = Field(
         False, description="train an exposed-only twin beside it, to see the gain of pseudo-labels live"
     )
-    checkpoint_every_wall_seconds: float = Field(30, gt=0)
+    checkpoint_every_wall_seconds: float = Field(
+        30, gt=0, description="between checkpoints, if something was trained on"
+    )
     publish_every_wall_seconds: float = Field(5, gt=0, description="between attempts; each saves a checkpoint first")
     keep_checkpoints: int = Field(3, ge=1, description="newest ones that stay")
     keep_hourly_checkpoints: int = Field(24, ge=0, description="beside them the first of each of so many hours")
     journal_days: float = Field(30, gt=0, description="how long the batch journal is kept, for rebuilding models")
     max_users: int = Field(1_000_000, ge=1, description="ids above which those seen longest ago are forgotten")
-    max_items: int = Field(1_000_000, ge=1)
+    max_items: int = Field(1_000_000, ge=1, description="the same of items")
     id_ttl_seconds: float | None = Field(
         90 * 86400, gt=0, description="event time after which an id that was not seen is forgotten; None: never"
     )
@@ -243,20 +272,24 @@ class TrainerSettings(Section):
     keep_models: int = Field(20, ge=2, description="newest published versions that stay")
     keep_hourly_models: int = Field(24, ge=0, description="beside them the first of each of so many hours")
     journal: Path | None = Field(None, description="file of JSON lines with each request's evaluation before training")
-    seed: int = 0
+    seed: int = Field(0, description="of the first weights")
 
 
 class ServeSettings(Section):
-    host: str = "127.0.0.1"
-    port: int = Field(8080, ge=0, le=65535)
+    host: str = Field("127.0.0.1", description="address that the scorer answers on")
+    port: int = Field(
+        8080, ge=0, le=65535, description="of the scorer, /metrics and /health included; 0 takes a free one"
+    )
     workers: int = Field(1, ge=1, description="processes behind the port, each with the model in its memory")
-    max_candidates: int = Field(10_000, ge=1)
+    max_candidates: int = Field(10_000, ge=1, description="of one request; more are answered with 422")
     memo_mb: int = Field(64, ge=0, description="of anchor scores that a process remembers for users' next requests")
     max_concurrency: int = Field(1000, ge=1, description="connections or requests of a process above which it says 503")
 
 
 class MetricsSettings(Section):
-    host: str = "127.0.0.1"
+    host: str = Field(
+        "127.0.0.1", description="address that /metrics and /health answer on; the scorer has them on its own port"
+    )
     port: int = Field(9464, ge=0, le=65535, description="of /metrics and /health; 0 takes a free one")
     stalled_after_wall_seconds: float = Field(
         60, gt=0, description="without progress, after which a loop is stalled and /health answers 503"

@@ -20,6 +20,7 @@ from streams import contracts, metrics
 from streams import settings as settings_module
 from streams.cli import app
 from streams.settings import Settings
+from tests import reference
 
 ROOT = Path(__file__).parents[1]
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
@@ -282,3 +283,17 @@ def test_prometheus_scrapes_every_process(image_settings: Settings) -> None:
         "scorer": image_settings.serve.port,
     }
     assert set(scraped) <= set(SERVICES)
+
+
+# --- reference pages ---
+
+
+@pytest.mark.parametrize("path", reference.PAGES)
+def test_reference_pages_say_what_the_code_says(path: str) -> None:
+    assert (ROOT / path).read_text(encoding="utf-8") == reference.PAGES[path](), "python -m tests.reference"
+
+
+def test_every_metric_stands_on_its_page() -> None:
+    page = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
+    every = [m for m in vars(metrics).values() if isinstance(m, MetricWrapperBase)]
+    assert page.count("| `gpl_") == len(every) and all(f"`{names(m)[0]}`" in page for m in every)
