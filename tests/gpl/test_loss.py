@@ -163,10 +163,82 @@ def test_item_effects_are_counts_and_shrunk_means(seed, size):
         batch = Batch.collate(records)
         found = effects.observe(batch)
     known = np.array([s for _, s in seen if not np.isnan(s)], np.float64)
+    usual = len(seen) / len({r for r, _ in seen}) + 2
     for p, row in enumerate(batch.item_row[batch.item]):
         own = [float(s) for r, s in seen if r == row and not np.isnan(s)]
-        assert found.log_odds[p] == pytest.approx(np.log(sum(r == row for r, _ in seen) + 2), rel=1e-5)
+        assert found.log_odds[p] == pytest.approx(np.log((sum(r == row for r, _ in seen) + 2) / usual), abs=1e-5)
         assert found.mean_score[p] == pytest.approx((sum(own) + 5 * known.mean()) / (len(own) + 5), rel=1e-5)
+
+
+def drawn(rng, items, popularity, requests=8):
+    """Requests of six candidates of ``items``, the first two exposed, one of them clicked."""
+    share = popularity / popularity.sum()
+    return Batch.collate(
+        [
+            Example(1, rows, rows - 1, rng.random(6).astype(np.float32), np.float32([1, 0]), *np.ones((2, 4), "f4"))
+            for rows in (rng.choice(items, 6, replace=False, p=share) + 1 for _ in range(requests))
+        ]
+    )
+
+
+def test_pointwise_negatives_do_not_fade_with_time():
+    rng, effects, force = np.random.default_rng(0), ItemEffects(), []
+    popularity = 1 / np.arange(1.0, 31.0)
+    config = LossConfig(pseudo_weight=0.0, negatives="pointwise")
+    for step in range(400):
+        batch = drawn(rng, 30, popularity)
+        values = torch.zeros(len(batch.request), requires_grad=True)
+        joint_loss(Logits(values, values), batch, config, effects.observe(batch)).negatives.backward()
+        if step in (20, 399):
+            force.append(float(values.grad[torch.from_numpy(~batch.exposed)].sum()))
+    assert force[1] == pytest.approx(force[0], rel=0.1)  # a twentieth with counts alone
+
+
+def test_pointwise_negatives_weigh_alike_whatever_is_often_a_candidate():
+    """A logit for each item, full batch: log(C / (E + w m)), so two items clicked and shown alike have one."""
+    # Item: exposures, clicks, unexposed candidacies. The first two differ in the last alone.
+    exposures, clicks, hidden = np.array([[100, 100, 50, 150], [3, 3, 1, 4], [8_000, 1_000, 2_000, 3_000]])
+    item = np.repeat(np.tile(np.arange(4), 2), np.concatenate([exposures, hidden]))
+    exposed = np.arange(len(item)) < exposures.sum()
+    clicked = np.zeros(len(item), np.float32)
+    for i in range(4):
+        clicked[np.flatnonzero(exposed & (item == i))[: clicks[i]]] = 1.0
+    nothing = np.zeros(len(item), np.float32)
+    none, rows = np.zeros(0, np.int64), np.arange(1, 5)
+    request = np.zeros(len(item), np.int64)
+    batch = Batch(
+        np.ones(1, np.int64), none, none, rows, rows - 1, request, item, nothing, exposed, clicked, nothing, nothing
+    )
+    effects, config = ItemEffects().observe(batch), LossConfig(pseudo_weight=0.0, negatives="pointwise")
+    table = torch.full((4,), -3.0, requires_grad=True)
+    optimiser = torch.optim.LBFGS([table], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimiser.zero_grad()
+        every = table[torch.from_numpy(item)]
+        total = joint_loss(Logits(every, every), batch, config, effects).total
+        total.backward()
+        return total
+
+    optimiser.step(closure)
+    found = table.detach().numpy()
+    assert found == pytest.approx(np.log(clicks / (exposures + exposures.mean())), abs=0.1)
+    assert found[0] == pytest.approx(found[1], abs=0.1)
+
+
+@given(seed=st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_item_effects_go_on_from_their_state_as_if_not_interrupted(seed):
+    rng = np.random.default_rng(seed)
+    effects, popularity = ItemEffects(), np.ones(12)
+    for _ in range(6):
+        batch = drawn(rng, 12, popularity, 2)
+        again = ItemEffects()
+        again.load_state_arrays(effects.state_arrays(13))
+        for one in (effects, again):
+            one.forget(np.array([3, 3, 7, 5_000]))
+        for mine, other in zip(*(vars(one.observe(batch)).values() for one in (effects, again)), strict=True):
+            assert np.array_equal(mine, other)
 
 
 @pytest.mark.parametrize("form", ["listwise", "pointwise"])
