@@ -41,24 +41,38 @@ def negatives(
     """Unexposed items as negatives, with the log-odds correction (Yi et al. 2019; Monolith).
 
     Item i is a negative with probability Q(i), so the trained logit would be that of p(i|u) / Q(i): log Q(i) is taken
-    off while training, and what is learnt ranks by p.
+    off while training, and what is learnt is log p(i|u) up to a constant.
     """
     columns, scores_of = _inputs(bench, generator, matching, source)
-    pairs, n = bench.pairs(source), bench.world.n_items
-    mass = np.where(pairs.exposed, 1.0 - pairs.clicked, weight * bench.hidden_share(source))
-    counts = np.bincount(pairs.item, mass, minlength=n) + _SMOOTHING
-    log_q = np.log(counts / counts.mean()).astype(np.float32)
+    log_q = sampling(bench.pairs(source), bench.world.n_items, weight, bench.train_config.hidden)
 
     def step(learner: Learner, batch: Batch, _: Ints) -> None:
         shift = log_q[batch.item_row[batch.item] - 1]
         terms = _cross_entropy(learner, batch, bench.world.vectors, shift=shift)
-        exposed = torch.from_numpy(batch.exposed)
-        total = terms[exposed].mean()
-        if not batch.exposed.all():
-            total = total + weight * terms[~exposed].mean()
-        learner.update(total)
+        learner.update(with_negatives(terms, torch.from_numpy(batch.exposed), weight))
 
     return _fit(bench, source, columns, scores_of, step)
+
+
+def sampling(pairs: Pairs, n: int, weight: float, hidden: int) -> Floats:
+    """(n,) log Q: of each item's mass as a negative in the loss of :func:`with_negatives`, relative to the mean item's.
+
+    In units of an exposed pair an unexposed one has the mass ``weight`` E / U, for E exposed pairs and the U unexposed
+    ones that an epoch takes, at most ``hidden`` of a request: each counts by how likely it is taken.
+    """
+    sizes = np.diff(pairs.offsets)
+    taken = np.repeat(np.minimum(1.0, hidden / np.maximum(sizes - pairs.shown, 1)), sizes) * ~pairs.exposed
+    unexposed = weight * pairs.exposed.sum() / max(taken.sum(), 1.0) * taken
+    mass = np.where(pairs.exposed, 1.0 - pairs.clicked, unexposed)
+    counts = np.bincount(pairs.item, mass, minlength=n) + _SMOOTHING
+    log_q: Floats = np.log(counts / counts.mean()).astype(np.float32)
+    return log_q
+
+
+def with_negatives(terms: Tensor, exposed: Tensor, weight: float) -> Tensor:
+    """Mean of the exposed pairs' ``terms`` (P,) and ``weight`` times that of the others'; ``exposed`` (P,)."""
+    total = terms[exposed].mean()
+    return total if exposed.all() else total + weight * terms[~exposed].mean()
 
 
 def inverse_propensity(bench: Bench, generator: Generator | None, clip: float, matching: Matching = "max") -> Scores:

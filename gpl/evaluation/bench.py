@@ -46,12 +46,6 @@ class Bench:
         """The log's pairs. ``source`` of the unexposed ones: what the request recalled, or all items alike."""
         return self._recalled if source == "recalled" else self._uniform
 
-    def hidden_share(self, source: Source) -> float:
-        """How many of a request's unexposed pairs an epoch takes."""
-        pairs = self.pairs(source)
-        hidden = len(pairs.item) - int(pairs.shown.sum())
-        return min(1.0, self.train_config.hidden * len(pairs) / max(hidden, 1))
-
     @cached_property
     def _recalled(self) -> Pairs:
         return Pairs.of(self.world.log)

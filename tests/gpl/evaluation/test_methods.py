@@ -8,9 +8,13 @@ from typing import Literal
 
 import numpy as np
 import pytest
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from gpl.evaluation.anchors import AnchorSpec, Cases, make_anchors, refreshed
+from gpl.evaluation.baselines import sampling, with_negatives
 from gpl.evaluation.bench import Bench
+from gpl.evaluation.dataset import Ragged, Requests
 from gpl.evaluation.generative import Parts, evidence, gpl
 from gpl.evaluation.methods import BY_NAME, METHODS, Method
 from gpl.evaluation.pairs import Pairs
@@ -85,6 +89,42 @@ def test_every_baseline_beats_chance_on_a_planted_world(bench: Bench, method: Me
     outcome = bench.test.judge(scores)
     # Exposures of what is popular may teach nothing of the rest, but must teach something of themselves.
     assert max(outcome.mean("auc"), outcome.mean("exposed_auc")) > 0.52
+
+
+@pytest.mark.parametrize("weight", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize("hidden", [6, 60])
+def test_corrected_negatives_learn_what_is_clicked_whatever_is_shown_or_recalled(weight: float, hidden: int) -> None:
+    """A logit for each item in the model's place, full batch: log p up to a constant. The policy shows some items much
+    more than it leaves others unexposed, so that both kinds of negatives must have their right mass."""
+    rng, n, requests = np.random.default_rng(0), 12, 4_000
+    p = rng.dirichlet(np.ones(n) * 2)
+    shown_by, recalled_by = np.arange(1.0, n + 1) ** 1.5, np.arange(1.0, n + 1)[::-1] ** 1.5
+    clicks = rng.choice(n, requests, p=p)
+    exposed, recalled = [], []
+    for click in clicks.tolist():
+        others = rng.choice(n, 2, replace=False, p=shown_by / shown_by.sum())
+        exposed.append(np.concatenate([[click], others[others != click]]))
+        recalled.append(rng.choice(n, int(rng.integers(4, 12)), p=recalled_by / recalled_by.sum()))  # may repeat
+    clicked = np.concatenate([np.arange(len(row)) == 0 for row in exposed])
+    pairs = Pairs.of(Requests(np.zeros(requests, dtype=np.int64), Ragged.of(exposed), clicked, Ragged.of(recalled)))
+    # What an epoch takes is drawn; over many epochs each pair counts by how often it is.
+    at = np.concatenate([pairs.of_requests(np.arange(requests), hidden, rng)[0] for _ in range(4)])
+    item, mask = torch.from_numpy(pairs.item[at]), torch.from_numpy(pairs.exposed[at])
+    log_q = torch.from_numpy(sampling(pairs, n, weight, hidden))
+    table = torch.zeros(n, requires_grad=True)
+    optimiser = torch.optim.LBFGS([table], max_iter=300, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimiser.zero_grad()
+        target = torch.from_numpy(pairs.clicked[at])
+        terms = binary_cross_entropy_with_logits((table - log_q)[item], target, reduction="none")
+        total = with_negatives(terms, mask, weight)
+        total.backward()  # type: ignore[no-untyped-call]
+        return total
+
+    optimiser.step(closure)  # type: ignore[no-untyped-call]
+    found = table.detach().numpy() - np.log(np.bincount(clicks, minlength=n))
+    assert np.ptp(found) < 0.03
 
 
 def test_training_is_a_function_of_the_seed(bench: Bench) -> None:
