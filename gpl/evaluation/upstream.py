@@ -1,7 +1,7 @@
 """The upstream of a site: recall, and a policy that exposes what is popular. Simulated, from truth or from purchases.
 
 Recall returns popular items, items near in content to what the user liked last, and random ones. The policy exposes
-recalled items in proportion to popularity. Feedback is revealed for exposed items only.
+recalled items in proportion to popularity + 1. Feedback is revealed for exposed items only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class UpstreamConfig:
     exposed: int = 10
     recalled: int = 60
     popularity_power: float = 1.0
-    """Items are exposed in proportion to popularity to this power."""
+    """Items are exposed in proportion to popularity + 1 to this power."""
     log_requests: int = 6
     """Newest requests of a user that are logged (purchases in order); what came before is history."""
     clicks: int = 4
@@ -72,6 +72,7 @@ class Recall:
 
     def __init__(self, vectors: Floats, popularity: Floats, config: UpstreamConfig) -> None:
         self._config = config
+        self.n_items = len(vectors)
         self._weight = (popularity.astype(np.float64) + 1.0) ** config.popularity_power
         self._cumulative = np.cumsum(self._weight)
         self._neighbours = neighbours(vectors, max(config.recalled // 3, 1))
@@ -163,6 +164,9 @@ def from_events(dataset: Dataset, vectors: Floats, config: UpstreamConfig, rng: 
 
     A user's last session is held out: what is new in it is the truth, and a request around it is the held-out exposure.
     Repeated purchases count once. Popularity is the number of purchases before the held-out sessions.
+
+    Recall leaves out what the user took before the request and nothing else: if it also left out what is taken later,
+    the held-out items too, then to have been offered would tell what is not relevant.
     """
     events = dataset.events
     assert events is not None
@@ -178,17 +182,16 @@ def from_events(dataset: Dataset, vectors: Floats, config: UpstreamConfig, rng: 
         # With one session there is no history to know the user by: it is all log, and the user is not judged.
         past, last = (mine[:-1], mine[-1]) if len(mine) > 1 else (mine, [])
         liked = [item for session in past for item in session]
-        never = np.ones(n_items, dtype=bool)
-        never[[*liked, *last]] = False
+        taken = np.array([*liked, *last], dtype=np.int64)
         cuts = [session[at : at + config.clicks] for session in past for at in range(0, len(session), config.clicks)]
         starts = np.cumsum([0, *map(len, cuts)]).tolist()
         for clicks, start in list(zip(cuts, starts, strict=False))[-config.log_requests :]:
-            _around(log, user, clicks, np.array(liked[:start], dtype=np.int64), never, recall, config, rng)
+            _around(log, user, taken, start, start + len(clicks), recall, config, rng)
         positives.append(liked)
         relevant.append(last)
         if last:
-            history = np.array(liked, dtype=np.int64)
-            _around(held_out, user, last[: config.clicks], history, never, recall, config, rng)
+            end = min(len(taken), len(liked) + config.clicks)
+            _around(held_out, user, taken, len(liked), end, recall, config, rng)
     requests = log.requests()
     shown = Ragged.group(requests.user[requests.exposed.rows], requests.exposed.values, n_users)
     return Made(
@@ -266,25 +269,29 @@ def neighbours(vectors: Floats, count: int) -> Ints:
 def _around(
     recorder: _Recorder,
     user: int,
-    clicks: list[int],
-    liked: Ints,
-    never: Bools,
+    taken: Ints,
+    start: int,
+    end: int,
     recall: Recall,
     config: UpstreamConfig,
     rng: Generator,
 ) -> None:
-    """A request whose clicks are purchases; ``never`` (n,): items that the user never takes."""
-    shown = recall.draw(config.exposed - 1, never, rng)
-    rest = never.copy()
-    rest[shown] = False
-    items = np.concatenate([np.array(clicks, dtype=np.int64), shown])
-    recorder.add(
-        user,
-        items,
-        np.arange(len(items)) < len(clicks),
-        recall.candidates(config.recalled, rest, liked, rng),
-        len(liked),
-    )
+    """A request whose clicks are the purchases ``taken[start:end]``; ``taken``: all that the user ever takes, in order.
+
+    The other impressions are drawn from what was recalled. What is taken later is passed over: the events do not say
+    that it would have been left when shown now.
+    """
+    clicks = taken[start:end]
+    free = np.ones(recall.n_items, dtype=bool)
+    free[taken[:end]] = False
+    others = max(config.exposed - len(clicks), 0)
+    candidates = recall.candidates(others + config.recalled, free, taken[:start], rng)
+    offered = np.zeros_like(free)
+    offered[candidates] = True
+    offered[taken[end:]] = False
+    shown = recall.draw(others, offered, rng)
+    items = np.concatenate([clicks, shown])
+    recorder.add(user, items, np.arange(len(items)) < len(clicks), np.setdiff1d(candidates, shown), start)
 
 
 def _sessions(events: Events, n_users: int) -> list[list[list[int]]]:

@@ -70,6 +70,30 @@ def test_exposed_and_recalled_items_of_a_request_are_distinct(dataset: Dataset) 
         assert len(items) == len(set(items))
 
 
+def test_recall_leaves_out_what_was_taken_before_and_not_what_will_be() -> None:
+    """Otherwise to have been offered and not shown would tell that an item is not relevant."""
+    made = world(planted.events())
+    held = Ragged.group(made.held_out.user, np.arange(len(made.held_out)), made.n_users)
+    offered_later, offered_truth, truth = 0, 0, 0
+    for user in range(made.n_users):
+        taken, relevant = made.positives[user], made.relevant[user]
+        offered: list[int] = []
+        for row in np.flatnonzero(made.log.user == user).tolist():
+            shown, recalled, known = made.log.exposed[row], made.log.recalled[row], int(made.known[row])
+            clicks = made.log.clicked[made.log.exposed.offsets[row] : made.log.exposed.offsets[row + 1]]
+            assert not set(taken[:known]) & {*shown.tolist(), *recalled.tolist()}
+            assert not {*taken, *relevant} & set(shown[~clicks].tolist())
+            assert len(shown) == CONFIG.exposed and len(recalled) == CONFIG.recalled
+            offered += recalled.tolist()
+            offered_later += len(np.intersect1d(recalled, taken[known:]))
+        for row in held[user].tolist():
+            assert not set(taken) & {*made.held_out.exposed[row].tolist(), *made.held_out.recalled[row].tolist()}
+        offered_truth += len(np.intersect1d(offered, relevant))
+        truth += len(relevant)
+    by_chance = np.mean([np.isin(np.arange(made.n_items), made.log.recalled[r]).mean() for r in range(len(made.log))])
+    assert offered_later > 0 and offered_truth > by_chance * truth  # content is alike, so recall finds it more often
+
+
 def test_held_out_requests_are_not_in_the_log(dataset: Dataset) -> None:
     made = world(dataset)
     pairs = set(zip(made.log.user[made.log.exposed.rows].tolist(), made.log.exposed.values.tolist(), strict=True))
