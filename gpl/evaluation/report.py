@@ -156,6 +156,7 @@ def _percent(interval: list[float | None]) -> str:
     estimate, low, high = interval
     if estimate is None:
         return "n/a"
-    if low is None or high is None:
+    if low is None and high is None:
         return f"{estimate:+.1%}"
-    return f"{estimate:+.1%} [{low:+.1%}, {high:+.1%}]"
+    ends = ("n/a" if end is None else f"{end:+.1%}" for end in (low, high))  # no upper end: the rival may have nothing
+    return f"{estimate:+.1%} [{', '.join(ends)}]"

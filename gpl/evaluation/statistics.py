@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,8 @@ _SEED = 0
 
 
 class Comparison(NamedTuple):
-    """First less second, and the same relative to the second."""
+    """First less second, and the same relative to the second. A relative interval's upper end is infinite where the
+    second may be 0, and its estimate NaN where it is."""
 
     difference: Interval
     relative: Interval
@@ -61,9 +62,10 @@ def seed_mean(values: Array, level: float = 0.95) -> Interval:
 
 
 def seed_comparison(first: Array, second: Array, level: float = 0.95) -> Comparison:
-    """Paired comparison of one figure a seed (S,); relative to the second's mean."""
+    """Paired comparison of one figure a seed (S,), on seeds where both are defined; relative to the second's mean there."""
+    both = ~np.isnan(first - second)
     difference = seed_mean(first - second, level)
-    base = float(np.nanmean(second)) if not np.isnan(second).all() else float("nan")
+    base = float(second[both].mean()) if both.any() else float("nan")
     return Comparison(difference, Interval(*(x / base if base else float("nan") for x in difference)))
 
 
@@ -78,12 +80,15 @@ def _resampled(values: Array) -> tuple[Array, Array]:
     filled = np.where(defined, values, 0.0)
     sums: Array = ((by_user @ filled.T) * by_seed).sum(axis=1)
     sizes: Array = ((by_user @ defined.T.astype(np.float64)) * by_seed).sum(axis=1)
-    return sums, np.maximum(sizes, 1.0)
+    return sums, np.where(sizes > 0, sizes, np.nan)  # without a defined cell there is no mean
 
 
 def _interval(estimate: float, drawn: Array, level: float) -> Interval:
-    drawn = drawn[np.isfinite(drawn)]
+    """Percentile interval. A ratio to nothing is infinite and stays, so an end may be; 0 / 0 says nothing."""
+    drawn = drawn[~np.isnan(drawn)]
     if np.isnan(estimate) or len(drawn) < 2:
         return Interval(estimate, float("nan"), float("nan"))
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    # Between a finite and an infinite resample there is nothing to interpolate.
+    method: Literal["linear", "inverted_cdf"] = "linear" if np.isfinite(drawn).all() else "inverted_cdf"
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], method=method)
     return Interval(estimate, float(low), float(high))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from gpl.evaluation import report
 from gpl.evaluation.judge import Judge, Outcome
 from gpl.evaluation.metrics import ndcg_at
 from gpl.evaluation.statistics import crossed_comparison, crossed_mean, seed_comparison, seed_mean
+from gpl.evaluation.summary import _interval
 from gpl.evaluation.world import World
 from tests.gpl.evaluation import planted
 from tests.gpl.evaluation.test_world import world
@@ -77,6 +79,10 @@ def test_crossed_intervals_cover_the_mean_with_effects_of_users_and_of_seeds() -
     assert covered >= 50  # 95% nominal, somewhat less with 8 seeds
 
 
+def test_resamples_without_a_defined_cell_are_not_zeros() -> None:
+    assert crossed_mean(np.array([[0.5, np.nan, np.nan]])) == pytest.approx((0.5, 0.5, 0.5))
+
+
 def test_comparisons_are_paired() -> None:
     rng = np.random.default_rng(0)
     users = rng.normal(1.0, 0.5, (1, 200))
@@ -96,3 +102,21 @@ def test_figures_of_whole_worlds_have_students_interval() -> None:
     assert seed_mean(values) == pytest.approx((2.0, 2.0 - 2.4841, 2.0 + 2.4841), abs=1e-3)
     assert np.isnan(seed_mean(values[:1]).low)
     assert seed_comparison(values * 1.1, values).relative.estimate == pytest.approx(0.1)
+
+
+def test_a_rival_that_may_have_nothing_leaves_the_relative_interval_without_an_upper_end() -> None:
+    """One of ten users has all of the rival's hits: a resample without that user, some 35% of them, has none."""
+    first, second = np.full((1, 10), 0.5), np.eye(10)[:1]
+    found = crossed_comparison(first, second)
+    assert found.relative.estimate == pytest.approx(4.0)
+    assert found.relative.high == np.inf and 0 < found.relative.low < 4
+    assert np.isfinite(found.difference).all()
+    assert report._percent(_interval(found.relative)).endswith(", n/a]")
+    # Nobody hits anything in such a resample: it says nothing, and the others agree.
+    assert crossed_comparison(second * 1.5, second).relative == pytest.approx((0.5, 0.5, 0.5))
+    assert np.isnan(crossed_comparison(first, np.zeros_like(first)).relative).all()
+
+
+def test_seeds_without_both_figures_have_no_part_in_their_comparison() -> None:
+    first, second = np.array([1.1, 2.2, np.nan]), np.array([1.0, 2.0, 90.0])
+    assert seed_comparison(first, second).relative.estimate == pytest.approx(0.1)
