@@ -210,7 +210,8 @@ def from_log(dataset: Dataset, vectors: Floats, config: UpstreamConfig, rng: Gen
 
     The last request of each user with truth and at least three requests is held out.
 
-    Where the truth lists irrelevant pairs, candidates are the listed pairs, otherwise all items not seen.
+    Where the truth lists irrelevant pairs, candidates are the listed pairs, otherwise all items not seen; what was seen
+    is not relevant then, whatever the truth says.
     """
     log, truth = dataset.log, dataset.truth
     assert log is not None and truth is not None
@@ -243,6 +244,9 @@ def from_log(dataset: Dataset, vectors: Floats, config: UpstreamConfig, rng: Gen
             liked[user] += [item for item in exposed[clicked].tolist() if item not in liked[user]]
     whole = Requests(log.user, log.exposed, log.clicked, Ragged.of(recalled))
     relevant, listed = _judged(truth, n_users)
+    seen = [np.union1d(shown_by[user], liked[user]).astype(np.int64) for user in range(n_users)]
+    if listed is None:
+        relevant = Ragged.of(np.setdiff1d(relevant[user], seen[user]) for user in range(n_users))
     return Made(
         Ragged.of(liked),
         whole.take(kept),
@@ -250,7 +254,7 @@ def from_log(dataset: Dataset, vectors: Floats, config: UpstreamConfig, rng: Gen
         whole.take(np.array(sorted(last), dtype=np.int64)),
         relevant,
         listed,
-        Ragged.of(np.union1d(shown_by[user], liked[user]).astype(np.int64) for user in range(n_users)),
+        Ragged.of(seen),
     )
 
 

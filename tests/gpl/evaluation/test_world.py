@@ -135,6 +135,19 @@ def test_irrelevant_pairs_in_the_truth_make_the_listed_pairs_the_candidates() ->
     assert set(np.flatnonzero(made.candidates(user))) == set(made.listed[user].tolist())
 
 
+def test_truth_of_what_the_log_exposed_is_not_judged() -> None:
+    full = logged()
+    assert full.truth is not None and full.log is not None
+    log = full.log
+    clicked = np.stack([log.user[log.exposed.rows][log.clicked], log.exposed.values[log.clicked]])
+    user, item = np.unique(np.concatenate([clicked, [full.truth.user, full.truth.item]], axis=1), axis=1)
+    every = Truth(user, item, np.ones(len(user), dtype=np.float32), every_cell=False)
+    made, before = world(Dataset("logged", full.items, full.users, every, log=log)), world(full)
+    for one in range(made.n_users):
+        assert np.array_equal(np.sort(made.relevant[one]), np.sort(before.relevant[one]))
+        assert made.candidates(one)[made.relevant[one]].all()
+
+
 def test_items_without_content_are_zero_rows_and_the_others_are_centred() -> None:
     from gpl.catalogue import ItemContent
 
