@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -90,6 +90,11 @@ def gpl(bench: Bench, parts: Parts) -> Scores:
         bench.seed,
         bench.validation,
     ).scores
+
+
+def gpl_of(bench: Bench, **parts: Any) -> Scores:
+    """:func:`gpl` with its parts by name."""
+    return gpl(bench, Parts(**parts))
 
 
 def evidence(pairs: Pairs, score: Floats) -> Reading:

@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gpl.evaluation import baselines, untrained
-from gpl.evaluation.anchors import AnchorSpec, Generator
-from gpl.evaluation.bench import Bench
-from gpl.evaluation.generative import Parts, gpl
+from gpl.evaluation.anchors import Generator
+from gpl.evaluation.generative import gpl_of
 from gpl.evaluation.judge import Scores
-from gpl.labels.labeller import Config, Matching
 
 Group = Literal["untrained", "no pseudo-labels", "pseudo-labels", "gpl", "ablation", "control"]
 Settings = Mapping[str, Any]
@@ -54,28 +52,12 @@ class Method:
         return best or 0.0, chosen
 
 
-def _popularity(bench: Bench) -> Scores:
-    return untrained.popularity(bench.world)
-
-
-def _ease(bench: Bench, regularisation: float) -> Scores:
-    return untrained.ease(bench.world, regularisation)
-
-
-def _anchor(bench: Bench, generator: Generator, matching: Matching = "max") -> Scores:
-    return untrained.filled(bench.scores(AnchorSpec(generator), Config(matching)))
-
-
-def _gpl(bench: Bench, **parts: Any) -> Scores:
-    return gpl(bench, Parts(**parts))
-
-
 def _anchor_alone(name: str, title: str, generator: Generator, grid: Mapping[str, tuple[Any, ...]] = {}) -> Method:
-    return Method(name, title, "untrained", _anchor, grid, settings={"generator": generator})
+    return Method(name, title, "untrained", untrained.anchor_score, grid, settings={"generator": generator})
 
 
 def _like(name: str, title: str, group: Group, **settings: Any) -> Method:
-    return Method(name, title, group, _gpl, like="gpl", settings=settings)
+    return Method(name, title, group, gpl_of, like="gpl", settings=settings)
 
 
 _MATCHING = {"matching": ("max", "kernel")}
@@ -102,11 +84,11 @@ _STARTS: tuple[Settings, ...] = ({}, {"weight": 3.0, "negatives": 1.0, "form": "
 """The negatives chosen without pseudo-labels; the form of the stream and its lambda."""
 
 METHODS: tuple[Method, ...] = (
-    Method("popularity", "Popularity", "untrained", _popularity),
+    Method("popularity", "Popularity", "untrained", untrained.popularity),
     _anchor_alone("anchor-history", "Anchor score alone, history clusters", "history", _MATCHING),
     _anchor_alone("anchor-lm", "Anchor score alone, small LM", "small-lm", _MATCHING),
     _anchor_alone("anchor-mean", "Anchor score alone, centred mean history", "mean"),
-    Method("ease", "EASE", "no pseudo-labels", _ease, {"regularisation": (100.0, 30.0, 300.0, 1000.0)}),
+    Method("ease", "EASE", "no pseudo-labels", untrained.ease, {"regularisation": (100.0, 30.0, 300.0, 1000.0)}),
     Method("exposed", "Exposed only", "no pseudo-labels", baselines.exposed_only, settings={"generator": None}),
     Method(
         "exposed-score",
@@ -136,7 +118,7 @@ METHODS: tuple[Method, ...] = (
         "no-labels",
         "GPL's own loss without pseudo-labels",
         "no pseudo-labels",
-        _gpl,
+        gpl_of,
         _FORM,
         settings={"generator": "history", "weight": 0.0},
     ),
@@ -164,12 +146,12 @@ METHODS: tuple[Method, ...] = (
         _TAUGHT,
         settings={"generator": "history"},
     ),
-    Method("gpl", "GPL", "gpl", _gpl, {**_MATCHING, **_LABELS}, like="no-labels", settings=_RECALLED, starts=_STARTS),
+    Method("gpl", "GPL", "gpl", gpl_of, {**_MATCHING, **_LABELS}, like="no-labels", settings=_RECALLED, starts=_STARTS),
     Method(
         "mean-labels",
         "Mean-history labels instead of a generator's",
         "pseudo-labels",
-        _gpl,
+        gpl_of,
         _LABELS,
         like="no-labels",
         settings={"generator": "mean", **_RECALLED},

@@ -62,7 +62,7 @@ def seed_mean(values: Array, level: float = 0.95) -> Interval:
 
 
 def seed_comparison(first: Array, second: Array, level: float = 0.95) -> Comparison:
-    """Paired comparison of one figure a seed (S,), on seeds where both are defined; relative to the second's mean there."""
+    """Paired comparison of one figure a seed (S,), on seeds where both are defined; relative to the second's mean."""
     both = ~np.isnan(first - second)
     difference = seed_mean(first - second, level)
     base = float(second[both].mean()) if both.any() else float("nan")

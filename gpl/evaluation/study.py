@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpl.evaluation.bench import Bench, code_digest, written_atomically
+from gpl.evaluation.bench import Bench, code_digest, sources, written_atomically
 from gpl.evaluation.dataset import Dataset
 from gpl.evaluation.embed import embedded_world
 from gpl.evaluation.judge import Outcome
@@ -31,20 +31,7 @@ from gpl.evaluation.reliability import reliability
 from gpl.evaluation.sources import open_dataset
 from gpl.evaluation.training import TrainConfig, one_thread
 from gpl.evaluation.upstream import UpstreamConfig
-from gpl.preranker.learner import Learner
 from gpl.space import SentenceEncoder
-
-_WORLD_CODE = (
-    *(f"evaluation/{name}.py" for name in ("dataset", "embed", "upstream", "world", "judge", "bench")),
-    "space",
-)
-_ANCHOR_CODE = ("anchors", "codes", "evaluation/anchors.py", "evaluation/labels.py", "labels/matching.py")
-_TRAINED_CODE = (
-    *_ANCHOR_CODE,
-    *(f"evaluation/{name}.py" for name in ("pairs", "training", "baselines", "ranker")),
-    *(f"preranker/{name}.py" for name in ("batch", "model")),
-)
-_GPL_CODE = (*_TRAINED_CODE, "evaluation/generative.py", "labels", "preranker")
 
 
 @dataclass(frozen=True)
@@ -168,7 +155,7 @@ class _Work:
         base = self.settings(BY_NAME[method.like]) if method.like is not None else {}
         if not method.grid:
             return {**base, **method.settings}
-        searched = [method.name, base, method.starts, method.grid, method.settings]
+        searched = [method.name, base, method.starts, method.grid, method.settings, inspect.getsource(Method)]
         grid = json.dumps(searched, default=str)  # the order matters
         key = _digest(grid, self._common(method), str(self.config.seeds[: self.config.tuning]))
         path = self.config.cache / "settings" / f"{self.dataset.name}-{method.name}-{key}.json"
@@ -196,18 +183,13 @@ class _Work:
         return self.config.cache / "results" / f"{self.dataset.name}-{self.seed}-{method.name}-{key}.npz"
 
     def _common(self, method: Method) -> str:
-        """What any figure of a method depends on."""
-        code: tuple[str, ...] = (*_WORLD_CODE, "evaluation/untrained.py")
-        if method.name.startswith("anchor"):
-            code = (*code, *_ANCHOR_CODE)
-        elif method.run is BY_NAME["gpl"].run:
-            code = (*_WORLD_CODE, *_GPL_CODE)
-        elif method.name not in ("popularity", "ease"):
-            code = (*_WORLD_CODE, *_TRAINED_CODE)
+        """What any figure of a method depends on. Methods are where `run` is defined: `methods` imports all of them."""
+        modules = ["gpl.evaluation.embed", "gpl.evaluation.bench", method.run.__module__]
+        if method.name == "gpl":
+            modules.append("gpl.evaluation.reliability")
         config = self.config
-        # Of the learner, baselines use the optimizer's step alone: how its own loss is made is not theirs.
         parts = (self._fingerprint, config.encoder, repr(config.train), repr(config.upstream))
-        return _digest(*parts, code_digest(*code), inspect.getsource(Learner.update))
+        return _digest(*parts, code_digest(*sources(*modules)))
 
 
 def dataset_digest(dataset: Dataset) -> str:

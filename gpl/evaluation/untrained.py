@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 
+from gpl.evaluation.anchors import AnchorSpec, Generator
+from gpl.evaluation.bench import Bench
 from gpl.evaluation.dataset import Floats, Ints
 from gpl.evaluation.judge import Scores
 from gpl.evaluation.world import World
+from gpl.labels.labeller import Config, Matching
 
 
-def popularity(world: World) -> Scores:
+def popularity(bench: Bench) -> Scores:
     """Number of clicks in the log and positives before it; exposures are the policy's, not people's."""
-    count = np.bincount(world.positives.values, minlength=world.n_items).astype(np.float32)
+    count = np.bincount(bench.world.positives.values, minlength=bench.world.n_items).astype(np.float32)
     return lambda users: np.tile(count, (len(users), 1))
 
 
-def ease(world: World, regularisation: float) -> Scores:
+def ease(bench: Bench, regularisation: float) -> Scores:
     """Item-item weights in closed form (Steck, "Embarrassingly Shallow Autoencoders for Sparse Data", WWW 2019)."""
+    world = bench.world
     liked = _liked(world, np.arange(world.n_users)).astype(np.float64)
     gram = liked.T @ liked
     gram[np.diag_indices_from(gram)] += regularisation
@@ -26,8 +30,9 @@ def ease(world: World, regularisation: float) -> Scores:
     return lambda users: _liked(world, users) @ weights
 
 
-def filled(scores_of: Scores) -> Scores:
+def anchor_score(bench: Bench, generator: Generator, matching: Matching = "max") -> Scores:
     """Raw anchor scores as a ranking; a user without anchors ranks all items alike."""
+    scores_of = bench.scores(AnchorSpec(generator), Config(matching))
     return lambda users: np.nan_to_num(scores_of(users), nan=0.0)
 
 

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from gpl.evaluation import neutral, report, study
-from gpl.evaluation.methods import Method
+from gpl.evaluation.methods import BY_NAME, Method
 from gpl.evaluation.study import StudyConfig, run
 from gpl.evaluation.summary import summarise
 from gpl.evaluation.training import TrainConfig
@@ -87,6 +87,22 @@ def test_settings_are_chosen_by_the_mean_over_the_tuning_seeds(
         assert set(asked) == set(range(tuning))
     with pytest.raises(ValueError, match="tuning: 0, expected at least 1"):
         run(replace(config, tuning=0), print)
+
+
+def test_keys_are_of_all_sources_that_a_figure_comes_from(config: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, set[str]] = {}
+    work = study._Work(config, config.datasets[0], 0)
+    for name in ("popularity", "exposed", "distillation", "gpl"):
+        monkeypatch.setattr(study, "code_digest", lambda *parts, name=name: str(asked.setdefault(name, set(parts))))
+        work._common(BY_NAME[name])
+    judged = {f"evaluation/{m}.py" for m in ("metrics", "judge", "upstream", "world", "bench", "embed")} | {"fit.py"}
+    trained = {f"preranker/{m}.py" for m in ("learner", "effects", "loss", "model", "batch")} | {"labels/labeller.py"}
+    for files in asked.values():
+        assert judged <= files and "codes/__init__.py" in files
+        assert not files & {"evaluation/report.py", "evaluation/methods.py", "evaluation/study.py", "inspect/page.py"}
+    assert trained | {"evaluation/ranker.py"} <= asked["distillation"] and trained <= asked["exposed"]
+    assert trained | {"labels/evidence.py", "evaluation/reliability.py"} <= asked["gpl"]
+    assert "evaluation/baselines.py" not in asked["gpl"] | asked["popularity"]
 
 
 def test_unknown_methods_and_an_extra_truth_are_errors(config: StudyConfig) -> None:
