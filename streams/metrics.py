@@ -95,6 +95,9 @@ LABEL_DELAY = Histogram(
     buckets=_DELAYS,
 )
 CORRECTIONS = Counter("gpl_corrections_total", "Label revisions above 0", ["cause"])
+ANCHORS_LOST = Counter(
+    "gpl_anchors_lost_total", "Labels left as they were because the anchors that made them are compacted away"
+)
 LATE_FEEDBACK = Counter("gpl_late_feedback_total", "Feedback that arrived after its request had closed")
 ORPHAN_FEEDBACK = Counter("gpl_orphan_feedback_total", "Feedback that joined no request")
 DUPLICATES = Counter("gpl_duplicate_records_total", "Redelivered or repeated records, dropped", ["topic"])

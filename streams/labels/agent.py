@@ -291,14 +291,17 @@ class LabelsRole(Role[Partition]):
         mark = digest_of(value)
         before = said.labels.get(recall.request_id)
         if before is not None:
-            if before[1] == mark:
+            if before.digest == mark:
                 partition.differing.pop(recall.request_id, None)
                 return
             if partition.repeats():
                 # What made the label what it is may not have been read again yet.
                 partition.differing[recall.request_id] = cause or "restart"
                 return
-            label = corrected(label, before[0] + 1, cause or "restart")
+            if (cause or "restart", before.outcome, label.outcome) == ("restart", "labelled", "no_anchors"):
+                metrics.ANCHORS_LOST.inc()  # compacted away meanwhile; the label that they made is still right
+                return
+            label = corrected(label, before.revision + 1, cause or "restart")
             value = encode(label)
         encoded = time.thread_time()
         self._stages["encode"] += encoded - began
@@ -311,7 +314,7 @@ class LabelsRole(Role[Partition]):
         # Between here and the send there is no await: a partition that is gone gets nothing from this worker.
         if not self.owns(number, partition):
             return
-        said.labels[recall.request_id] = (label.revision, mark)
+        said.labels[recall.request_id] = published.Said(label.revision, mark, label.outcome)
         confirmed = partition.sending()
 
         def durable() -> None:

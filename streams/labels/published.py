@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from kafka import TopicPartition
 
@@ -21,6 +21,7 @@ from streams.topics import full_name
 REQUEST_ID = "gpl-request-id"
 REVISION = "gpl-revision"
 DIGEST = "gpl-digest"
+OUTCOME = "gpl-outcome"
 CLOSED_AT = "gpl-closed-at"
 NEWEST_AT = "gpl-newest-at"
 
@@ -32,20 +33,29 @@ def headers(label: Label, digest: bytes, closed_at_ms: int, newest_at_ms: int) -
         (REQUEST_ID, label.request_id.encode()),
         (REVISION, str(label.revision).encode()),
         (DIGEST, digest),
+        (OUTCOME, label.outcome.encode()),
         (CLOSED_AT, str(closed_at_ms).encode()),
         (NEWEST_AT, str(newest_at_ms).encode()),
     ]
+
+
+class Said(NamedTuple):
+    """What the log's newest label of a request says. ``outcome``: None of labels of before it was among the headers."""
+
+    revision: int
+    digest: bytes
+    outcome: str | None
 
 
 @dataclass
 class Published:
     """The labels of one partition that are in the log or on their way there.
 
-    ``labels``: request_id -> (highest revision, its digest); ``newest_ms``: Kafka time of the newest one read back, 0
+    ``labels``: by request_id; ``newest_ms``: Kafka time of the newest one read back, 0
     when there was none; ``ends``: the next offset of each source topic when they were read back.
     """
 
-    labels: dict[str, tuple[int, bytes]] = field(default_factory=dict)
+    labels: dict[str, Said] = field(default_factory=dict)
     newest_ms: int = 0
     ends: dict[str, int] = field(default_factory=dict)
 
@@ -61,8 +71,9 @@ class Published:
             return
         request_id = headers[REQUEST_ID].decode()
         revision = int(headers[REVISION])
-        if request_id not in self.labels or self.labels[request_id][0] < revision:
-            self.labels[request_id] = (revision, headers[DIGEST])
+        if request_id not in self.labels or self.labels[request_id].revision < revision:
+            outcome = headers.get(OUTCOME)
+            self.labels[request_id] = Said(revision, headers[DIGEST], outcome and outcome.decode())
 
 
 def read_back(kafka: KafkaSettings, partition: int, since_kafka_ms: int, sources: Iterable[str]) -> Published:

@@ -30,6 +30,7 @@ class Site:
 
     def __init__(self, settings: Settings) -> None:
         self.labels: dict[str, Label] = {}
+        self.sent: list[SimpleNamespace] = []
         self.letters: list[str] = []
         self._offsets = {"recalls": 0, "feedback": 0}
         failures: list[BaseException] = []
@@ -68,8 +69,9 @@ class Site:
             self._offsets[source] += 1
         await self.role.received(TP(f"gpl.{source}", 0), batch)
 
-    async def _send(self, _topic: str, _key: bytes, value: bytes, _headers: object, then: Callable[[], None], **_: int):
+    async def _send(self, _topic: str, _key: bytes, value: bytes, headers: object, then: Callable[[], None], **_: int):
         await asyncio.sleep(0)  # as one that waits for room
+        self.sent.append(SimpleNamespace(headers=headers, timestamp=START))
         label = msgspec.json.decode(value, type=Label)
         self.labels[label.request_id] = label
         then()
@@ -100,6 +102,29 @@ async def test_anchors_stay_as_long_as_a_request_may_ask_for_them() -> None:
     await site.receive("feedback", [Feedback("e1", "u", "1", START + 1500, "click", "r1")])
     assert (site.labels["r1"].revision, site.labels["r1"].provenance.anchors_version) == (1, 1)
     assert site.failures == []
+
+
+async def test_anchors_that_are_compacted_away_take_nothing_from_a_label_that_they_made() -> None:
+    events = [Recall("r", "u", START, ["0", "1", "2"]), Recall("last", "u", START + DAY, ["0"])]
+    watermark = [Feedback("e", "other", "0", START + DAY, "impression")]
+    before = Site(Settings())
+    before.anchors(START - DAY, 1)
+    await before.receive("feedback", watermark)
+    await before.receive("recalls", events)
+    assert before.labels["r"].outcome == "labelled"
+    after = Site(Settings())  # the process that takes over finds the label, but the anchors no more
+    published = after.role.partitions[0].published
+    assert published is not None
+    for record in before.sent:
+        published.note(record)
+    lost = REGISTRY.get_sample_value("gpl_anchors_lost_total") or 0.0
+    await after.receive("feedback", watermark)
+    await after.receive("recalls", events)
+    assert after.labels == {} and REGISTRY.get_sample_value("gpl_anchors_lost_total") == lost + 1
+    await after.receive("recalls", [Recall("new", "u", START + 1, ["0"])])
+    await after.receive("feedback", [Feedback("f", "u", "1", START + 2, "click", "r")])
+    assert after.labels["new"].outcome == "no_anchors"
+    assert (after.labels["r"].revision, after.labels["r"].exposed.item) == (1, ["1"])
 
 
 async def test_recalls_that_come_too_late_count_towards_the_cap() -> None:
