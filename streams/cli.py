@@ -28,7 +28,7 @@ from streams.evaluation.command import datasets_app, evaluate
 from streams.fit_command import fit
 from streams.history.command import backfill
 from streams.inspect_command import app as inspect_app
-from streams.log_view import TopicMissingError
+from streams.log_view import LogView, TopicMissingError
 from streams.replay.command import capture, explain, replay
 from streams.settings import Settings, load
 from streams.topics_command import app as topics_app
@@ -124,6 +124,8 @@ def serve(config: ConfigOption = None) -> None:
 
     settings = load(config)
     with _clear_errors():
+        # Before there are processes that would be started again and again.
+        LogView(settings.kafka, dict.fromkeys(("item-vectors", "user-anchors", "model-updates"), print)).close()
         processes.run(settings)
 
 

@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
@@ -49,7 +50,9 @@ def run(settings: Settings, frame: Frame | None = None) -> None:
     if settings.serve.workers == 1:
         _serve(settings, frame)
         return
-    with _bound(settings) as first, tempfile.TemporaryDirectory(prefix="gpl-metrics-") as figures:
+    if settings.serve.port:
+        _bound(settings, shared=False).close()  # shared, it could be bound beside another server's
+    with _bound(settings, shared=True) as first, tempfile.TemporaryDirectory(prefix="gpl-metrics-") as figures:
         # Bound but not listening: it holds the port, and gets no connection.
         settings = settings.model_copy(
             update={"serve": settings.serve.model_copy(update={"port": first.getsockname()[1]})}
@@ -59,6 +62,7 @@ def run(settings: Settings, frame: Frame | None = None) -> None:
 
 
 def _serve(settings: Settings, frame: Frame) -> None:
+    _end_with_parent()
     sys.setswitchinterval(SWITCH_SECONDS)
     # Products of a request are small: threads that wait for each other cost more than they bring.
     threadpool_limits(1)
@@ -76,17 +80,29 @@ def _serve(settings: Settings, frame: Frame) -> None:
         limit_concurrency=settings.serve.max_concurrency,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
-    with _bound(settings) as listener:
+    with _bound(settings, shared=settings.serve.workers > 1) as listener:
         uvicorn.Server(config).run(sockets=[listener])
 
 
-def _bound(settings: Settings) -> socket.socket:
+def _end_with_parent() -> None:
+    """Stop serving when the supervisor is gone without a word: its successor shall have the port for itself."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+
+        def watch() -> None:
+            parent.join()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def _bound(settings: Settings, shared: bool) -> socket.socket:
     serve = settings.serve
     family = socket.AF_INET6 if ":" in serve.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if serve.workers > 1:
+        if shared:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind((serve.host, serve.port))
     except OSError as error:

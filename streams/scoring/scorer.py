@@ -111,6 +111,7 @@ class Scorer:
         view = LogView(self._settings.kafka, self.handlers)
         for part in ("views", "warm-up"):
             self._health.wait_for(part)
+        self._health.beat("scorer")  # or a thread that ends in its first round would never be missed
         self._thread = threading.Thread(target=self._follow, args=(view,), name="scorer-views", daemon=True)
         self._thread.start()
 

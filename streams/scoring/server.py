@@ -19,6 +19,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
+from starlette.requests import ClientDisconnect
 
 from streams import metrics
 from streams.contracts import Id
@@ -98,6 +99,9 @@ def create_app(scorer: Scorer, settings: ServeSettings, health: metrics.Health) 
             return _refused(error.status, error.field, str(error))
         except NotReadyError as error:
             return _refused(503, None, str(error))
+        except ClientDisconnect:
+            metrics.SCORE_REQUESTS.labels("499").inc()  # nobody is there to answer, and nothing failed here
+            return Response(status_code=499)
         answered.inc()
         return Response(content, media_type="application/json")
 

@@ -355,7 +355,7 @@ def _clear_errors() -> Iterator[None]:
         ArtefactsError,
         TopicMissingError,
         KafkaError,
-        FileExistsError,
+        OSError,  # of the storage
         ImportError,
     ) as error:
         name = "" if str(error) else type(error).__name__

@@ -243,6 +243,10 @@ class Publisher:
         pin = self.store.pinned()
         if pin is not None:
             log.info("model_held_back", version=update.version, pinned=pin.version)
+            if self.last is not None and self.last.version != pin.version:
+                # A trainer that was killed between an announcement and the look below has left its own in service.
+                announce(self._kafka, self._producer, update_of(self.store, pin.version))
+                self._announced.refresh()
             self._retain(update.version, pin.version)
             return False
         announce(self._kafka, self._producer, update)

@@ -36,16 +36,23 @@ def in_service(settings: Settings) -> ModelUpdate | None:
 def put_into_service(settings: Settings, store: models.ModelStore, version: str, pin: bool) -> ModelUpdate:
     """Announce a version, pinned first where wanted, so that the trainer does not replace it in between.
 
-    Raises ModelError, with nothing changed, when the version is damaged or another model's.
+    Raises ModelError when the version is damaged or another model's, and what the broker raises; nothing is changed
+    then.
     """
     store.read(version)  # a damaged one must not be announced
     update = update_of(store, version)
     if update.model != settings.trainer.model_name:
         raise models.ModelError(f"{version} is a model of {update.model!r}, not {settings.trainer.model_name!r}")
-    if pin:
-        store.pin(version)
     with closing(producer(settings.kafka)) as sending:
-        announce(settings.kafka, sending, update)
+        before = store.pinned()
+        if pin:
+            store.pin(version)
+        try:
+            announce(settings.kafka, sending, update)
+        except BaseException:
+            if pin:  # or the trainer would announce nothing beside a version that was not put into service
+                store.pin(before.version) if before is not None else store.unpin()
+            raise
     return update
 
 

@@ -14,6 +14,7 @@ import pytest
 from gpl.labels.matching import max_cosine
 from streams.bench.serve import WIDTH, ServedSystem, bodies
 from streams.bench.synthetic import SyntheticState
+from streams.scoring import processes
 from streams.scoring.server import ScoreRequest, ScoreResponse
 from streams.settings import KafkaSettings
 
@@ -72,3 +73,20 @@ def test_a_killed_worker_is_replaced(kafka_settings: KafkaSettings, tmp_path: Pa
         system.wait_until_ready()
         outcome = system.load(sent, rate=50, seconds=1, connections=8, reload_every=None)
         assert outcome.errors == {} and outcome.statuses == {200: 50}
+
+
+def test_no_process_outlives_its_supervisor_and_a_port_that_is_served_is_taken(
+    kafka_settings: KafkaSettings, tmp_path: Path
+) -> None:
+    state = SyntheticState(items=50, users=5, anchors=2, dim=8, seed=3)
+    with ServedSystem(kafka_settings, state, tmp_path, workers=2) as system:
+        with pytest.raises(OSError, match=f"serve.port: 127.0.0.1:{system.port}: Address already in use"):
+            processes.run(system.settings, state.frame)
+        assert system.pid is not None
+        serving = [p for p in children(system.pid) if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
+        assert len(serving) == 2
+        os.kill(system.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while any(Path(f"/proc/{pid}").exists() for pid in serving):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kafka.errors import KafkaError
 from prometheus_client import REGISTRY
 
 from streams import kafka as clients
 from streams import models
 from streams.contracts import ModelUpdate, decode
 from streams.log_view import LogView
-from streams.settings import KafkaSettings, TrainerSettings
-from streams.trainer import publish
+from streams.settings import KafkaSettings, Settings, TrainerSettings
+from streams.trainer import publish, versions
 from streams.trainer.gate import RULES, Feed, gate
 from streams.trainer.publish import Announced, Candidate, Publisher, announce, update_of
 
@@ -279,6 +280,39 @@ def test_a_pin_holds_until_it_is_taken_off_and_outlives_restarts(
         publisher.store.unpin()
         fourth = publisher.publish(candidate(4))
         assert fourth is not None and announced(kafka_settings) == [first, fourth]
+
+
+def test_what_is_pinned_comes_back_when_something_else_was_left_in_service(
+    kafka_settings: KafkaSettings, producer: Any, tmp_path: Path
+) -> None:
+    with closing(Publisher(kafka_settings, own(tmp_path), producer)) as publisher:
+        first, second = publisher.publish(candidate(1)), publisher.publish(candidate(2))
+        assert first is not None and second is not None
+        publisher.store.pin(first.version)  # by one that was killed before it announced it
+        assert publisher.publish(candidate(3)) is None
+        assert announced(kafka_settings) == [first, second, first] and publisher.last == first
+
+
+@pytest.mark.parametrize("pinned", [None, "v000001-00000001"])
+def test_a_version_that_could_not_be_announced_leaves_the_pin_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pinned: str | None
+) -> None:
+    def fails(*_: object) -> None:
+        raise KafkaError("no broker")
+
+    monkeypatch.setattr(publish, "Announced", lambda *_: SimpleNamespace(last=None, refresh=lambda: None))
+    monkeypatch.setattr(publish, "announce", lambda *_: None)
+    publisher = Publisher(KafkaSettings(), own(tmp_path), None)
+    for step in (1, 2):
+        publisher.publish(candidate(step))
+    if pinned is not None:
+        publisher.store.pin(pinned)
+    monkeypatch.setattr(versions, "producer", lambda _: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(versions, "announce", fails)
+    with pytest.raises(KafkaError):
+        versions.put_into_service(Settings(trainer=own(tmp_path)), publisher.store, "v000002-00000002", pin=True)
+    kept = publisher.store.pinned()
+    assert (kept and kept.version) == pinned
 
 
 def test_a_pin_shows_from_the_next_attempt_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -12,12 +13,14 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from prometheus_client import REGISTRY
 
 from gpl.preranker.model import PreRanker
 from streams import models
 from streams.contracts import ItemVector, ModelUpdate, encode
 from streams.frame import Frame
 from streams.metrics import Health
+from streams.scoring import scorer as scoring
 from streams.scoring.scorer import Scorer
 from streams.scoring.server import create_app
 from streams.settings import ServeSettings, Settings, TrainerSettings
@@ -167,8 +170,9 @@ def test_metrics_and_openapi_are_on_the_same_port(client: TestClient, scorer: Sc
     assert set(schema["components"]["schemas"]["ScoreRequest"]["required"]) == {"user_id", "candidates"}
 
 
-def test_over_a_real_socket(app: FastAPI, scorer: Scorer, tmp_path: Path) -> None:
-    version = load_model(scorer, tmp_path)
+@contextmanager
+def listening(app: FastAPI) -> Iterator[int]:
+    """The application under a real server; yields its port."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
@@ -179,10 +183,54 @@ def test_over_a_real_socket(app: FastAPI, scorer: Scorer, tmp_path: Path) -> Non
             while not server.started:
                 assert time.monotonic() < deadline and thread.is_alive()
                 thread.join(0.01)
-            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            with httpx.Client(base_url=url) as client:
-                answer = client.post("/v1/score", json={"user_id": "u", "candidates": ["i0", "i3"]})
-            assert answer.json()["model_version"] == version
+            yield listener.getsockname()[1]
         finally:
             server.should_exit = True
             thread.join()
+
+
+def test_over_a_real_socket(app: FastAPI, scorer: Scorer, tmp_path: Path) -> None:
+    version = load_model(scorer, tmp_path)
+    with listening(app) as port, httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+        answer = client.post("/v1/score", json={"user_id": "u", "candidates": ["i0", "i3"]})
+    assert answer.json()["model_version"] == version
+
+
+def test_a_client_that_hangs_up_is_no_error_of_the_server(app: FastAPI) -> None:
+    def answered(status: str) -> float:
+        return REGISTRY.get_sample_value("gpl_score_requests_total", {"status": status}) or 0.0
+
+    gone, failed = answered("499"), answered("500")
+    with listening(app) as port:
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        deadline = time.monotonic() + 30
+        while answered("499") == gone:
+            assert time.monotonic() < deadline and answered("500") == failed
+            time.sleep(0.01)
+    assert answered("500") == failed
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_scorer_that_ends_in_its_first_round_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def fetch(self, _: float) -> None:
+            raise PermissionError("not authorized to read")
+
+        def apply(self, _: None) -> None:
+            pass
+
+        def close(self) -> None:
+            pass
+
+    now = [0.0]
+    monkeypatch.setattr(scoring, "LogView", Refusing)
+    health = Health(stalled_after=10, clock=lambda: now[0])
+    scorer = Scorer(Settings(trainer=TrainerSettings(models=tmp_path)), FRAME, health)
+    scorer.start()
+    scorer.close()
+    now[0] = 11.0
+    assert health.stalled() == ["scorer"]
