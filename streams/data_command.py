@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from streams.cli_options import ConfigOption
 from streams.data.validate import Problem, problems
 from streams.settings import load
 
@@ -25,10 +26,12 @@ def validate(
     window: Annotated[
         float | None, typer.Option(min=0.0, help="label window in seconds; default: labels.window_seconds")
     ] = None,
+    config: ConfigOption = None,
 ) -> None:
     """Check a data directory: file, line, field and reason of each bad record. Exit status 1 when there are errors."""
-    settings = load()
-    found = problems(directory, settings.kafka.max_record_bytes, window or settings.labels.window_seconds)
+    settings = load(config)
+    window = settings.labels.window_seconds if window is None else window
+    found = problems(directory, settings.kafka.max_record_bytes, window)
     errors = 0
     if as_json:
         for problem in found:

@@ -133,7 +133,8 @@ def _value_at(raw: bytes, path: str) -> str:
         value: Any = msgspec.json.decode(raw)
         for name, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path):
             value = value[name] if name else value[int(index)]
-    except (msgspec.DecodeError, LookupError, TypeError):
+        text = repr(value)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, LookupError, TypeError):
+        # The record was refused at an earlier field; what comes after it may be no JSON, no UTF-8 or nested too deeply.
         return ""
-    text = repr(value)
     return ": " + (text if len(text) <= 60 else text[:57] + "...")

@@ -7,6 +7,7 @@ million are tallied: one problem with the first line and the count. Memory holds
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,12 +163,12 @@ def _recalls(path: Path, max_bytes: int, known: _Known) -> Iterator[Problem]:
             yield _duplicate(path, number, "request_id", recall.request_id, known.requests[recall.request_id][0])
             continue
         known.requests[recall.request_id] = (number, recall.user_id, recall.ts)
-        distinct = dict.fromkeys(recall.candidates)
+        distinct = Counter(recall.candidates)
         strangers = [item for item in distinct if item not in known.items]
         if strangers:
             unknown.add(number, strangers[0], len(strangers))
         if len(distinct) < len(recall.candidates):
-            twice = next(item for item in distinct if recall.candidates.count(item) > 1)
+            twice = next(item for item, times in distinct.items() if times > 1)
             repeated.add(number, twice, len(recall.candidates) - len(distinct))
     yield from unknown.problem()
     yield from repeated.problem()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,8 @@ def test_a_sound_directory_has_no_problems(write):
         ("items", b'{"item_id": "c", "text": "x"} trailing', "", "trailing characters"),
         ("items", b"[1]", "", "Expected `object`, got `array`"),
         ("items", b'{"item_id": "c", "text": "\xff\xfe"}', "", "invalid UTF-8"),
+        ("items", b'{"item_id": 7, "text": "caf\xe9"}', "item_id", "Expected `str`, got `int`"),
+        ("items", b'{"item_id": 7, "text": ' + b"[" * 5000 + b"]" * 5000 + b"}", "item_id", "got `int`"),
         ("items", b'\xef\xbb\xbf{"item_id": "c", "text": "x"}', "", "byte order mark"),
         ("items", {"item_id": "c", "text": "x", "colour": "red"}, "colour", "unknown field"),
         ("items", {"item_id": "c"}, "text", "missing required field"),
@@ -205,6 +208,24 @@ def test_the_command_prints_json(write):
         "reason": "Object missing required field `text`",
         "severity": "error",
     }
+
+
+def test_a_window_of_0_and_a_configured_one_are_taken(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("GPL_CONFIG", "")  # loading sets it; put back afterwards
+    directory = write()
+    (tmp_path / "own.toml").write_text("[labels]\nwindow_seconds = 0.0015\n")
+    for options, count in (([], 0), (["--window", "0"], 2), (["--config", str(tmp_path / "own.toml")], 1)):
+        result = CliRunner().invoke(app, [str(directory), "--json", *options])
+        assert [json.loads(text)["reason"].split()[0] for text in result.stdout.splitlines()] == [str(count)][:count]
+
+
+def test_a_recall_of_many_candidates_is_checked_in_linear_time(write):
+    many = [f"item-{n}" for n in range(50_000)]
+    directory = write(recalls=[RECALLS[0] | {"candidates": [*many, many[-1]]}])
+    started = time.monotonic()
+    _, repeated = validate(directory)
+    assert time.monotonic() - started < 10  # quadratic: half a minute and more
+    assert repeated.reason.startswith("1 candidates") and repeated.reason.endswith("'item-49999'")
 
 
 def test_warnings_alone_exit_0(write):
