@@ -13,6 +13,7 @@ from streams import settings
 from streams.broker import daemon
 from streams.broker.process import BrokerError
 from streams.broker.select import choose
+from streams.cli_options import ConfigOption
 
 app = typer.Typer(no_args_is_help=True, help="A local Kafka without Docker.")
 _out = Console(highlight=False, soft_wrap=True)
@@ -44,9 +45,10 @@ def start(
     port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="0: a free one. Default: that of kafka.bootstrap_servers.")
     ] = None,
+    config: ConfigOption = None,
 ) -> None:
     """Start it in the background and wait until it serves. Running already is fine."""
-    kafka = settings.load().kafka
+    kafka = settings.load(config).kafka
     try:
         present = daemon.running(directory)
         choice = choose(present.kind if present is not None and kind == "auto" else kind)

@@ -208,6 +208,14 @@ def test_configured_port(servers: str, port: int | None) -> None:
             configured_port(servers)
 
 
+def test_start_reads_the_named_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPL_CONFIG", "")  # loading sets it; put back afterwards
+    (tmp_path / "own.toml").write_text('[kafka]\nbootstrap_servers = "elsewhere:9092"\n')
+    options = ["--kind", "noida", "--directory", str(tmp_path / "broker"), "--config", str(tmp_path / "own.toml")]
+    result = CliRunner().invoke(app, ["start", *options])
+    assert result.exit_code == 1 and "'elsewhere:9092' is not an address of this machine" in result.output
+
+
 # --- noida-db ---
 
 
