@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from gpl.artefacts import Artefacts
@@ -12,6 +12,7 @@ from gpl.fit import fit as fit_artefacts
 from gpl.space import PRECOMPUTED, SentenceEncoder, choose_encoder, raw_vectors
 from streams.contracts import Feedback, Item
 from streams.data.reader import records
+from streams.data.validate import content_problem
 from streams.settings import Settings, SpaceSettings
 from streams.views import labeller_config
 
@@ -67,13 +68,33 @@ def fit_records(
 
 
 def fit_directory(data: Path, settings: Settings, seed: int, say: Say, resume: Path | None = None) -> Artefacts:
-    """Fit on the valid records of a data directory's ``items.jsonl`` and ``feedback.jsonl``.
+    """Fit on the usable records of a data directory's ``items.jsonl`` and ``feedback.jsonl``.
 
     Raises FileNotFoundError for a missing file, ValueError as ``fit_records``.
     """
     cap = settings.kafka.max_record_bytes
-    items = records(data / "items.jsonl", Item, cap)
+    items = usable(records(data / "items.jsonl", Item, cap), say)
     return fit_records(items, records(data / "feedback.jsonl", Feedback, cap), settings, seed, say, resume)
+
+
+def usable(items: Iterable[Item], say: Say) -> Iterator[Item]:
+    """What the catalogue will take: the first of each id, without what the stream sends to the dead letters.
+
+    The first that is taken decides whether all have an embedding, and of which dimension.
+    """
+    first: tuple[int, int | None] | None = None
+    seen: set[str] = set()
+    passed = 0
+    for item in items:
+        dim = None if item.embedding is None else len(item.embedding)
+        if item.item_id in seen or content_problem(item, dim, first or (1, dim)) is not None:
+            passed += 1
+            continue
+        first = first or (1, dim)
+        seen.add(item.item_id)
+        yield item
+    if passed:
+        say(f"items: {passed:,} passed over, their id or content cannot be taken (gpl validate names them)")
 
 
 def catalogue_of(items: Iterable[Item], artefacts: Artefacts, space: SpaceSettings) -> Catalogue:

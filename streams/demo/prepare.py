@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,11 +16,11 @@ import msgspec
 import gpl
 from streams.contracts import Item, encode
 from streams.data.reader import FILES, records
-from streams.data.validate import content_problem
 from streams.demo import movielens
 from streams.demo.timeline import Split
 from streams.demo.upstream import UpstreamConfig, simulate
 from streams.settings import Settings
+from streams.views import labeller_config
 
 Say = Callable[[str], None]
 
@@ -52,8 +52,9 @@ def movielens_directory(root: Path, seed: int, say: Say) -> Path:
 
 def place_of_fit(root: Path, data: Path, fraction: float, seed: int, settings: Settings) -> Path:
     """Where the fit of these data under these settings is, or would be: named by the hash of all that it depends on."""
-    parts = [settings.space.encoder, settings.codes.model_dump(), settings.generator.model_dump(), fraction, seed]
-    code = sorted(Path(gpl.__file__).parent.rglob("*.py"))
+    sections = [part.model_dump() for part in (settings.codes, settings.generator, settings.calibration)]
+    parts = [settings.space.encoder, *sections, asdict(labeller_config(settings.labels)), fraction, seed]
+    code = [*sorted(Path(gpl.__file__).parent.rglob("*.py")), Path(__file__).parents[1] / "fitting.py"]
     return root / f"fitted-{_digest(msgspec.json.encode(parts), *_contents(data), *(p.read_bytes() for p in code))}"
 
 
@@ -74,23 +75,11 @@ def fit(data: Path, split: Split, settings: Settings, seed: int, target: Path, s
     Raises ValueError when the data do not suffice.
     """
     # torch and what is built on it: only where something is fitted.
-    from streams.fitting import fit_records
+    from streams.fitting import fit_records, usable
 
     cap = settings.kafka.max_record_bytes
-    items = _usable(records(data / "items.jsonl", Item, cap))
+    items = usable(records(data / "items.jsonl", Item, cap), say)
     fit_records(items, split.training(data, cap), settings, seed, say).save(target)
-
-
-def _usable(items: Iterable[Item]) -> Iterator[Item]:
-    """What the catalogue will take: the first of each id, without what would end in the dead letters."""
-    dim: int | None = None
-    seen: set[str] = set()
-    for at, item in enumerate(items):
-        size = None if item.embedding is None else len(item.embedding)
-        dim = size if at == 0 else dim
-        if item.item_id not in seen and content_problem(item, size, (1, dim)) is None:
-            seen.add(item.item_id)
-            yield item
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from gpl.artefacts import Artefacts
 from gpl.catalogue import Catalogue
 from streams.contracts import Item, Label, decode
 from streams.data.reader import records
-from streams.fitting import catalogue_of
+from streams.fitting import catalogue_of, usable
 from streams.frame import Frame
 from streams.history.partition import ANCHORS, LABELS, PROFILES, Done, Task, file_of, label_partition, save_catalogue
 from streams.kafka import producer
@@ -65,7 +65,7 @@ def backfill(data: Path, out: Path, settings: Settings, processes: int, ray: boo
     if out.exists():
         raise BackfillError(f"{out} exists; a backfill writes to a new directory")
     artefacts = Artefacts.load(settings.artefacts)
-    items = list(records(data / "items.jsonl", Item, settings.kafka.max_record_bytes))
+    items = list(usable(records(data / "items.jsonl", Item, settings.kafka.max_record_bytes), say))
     if not items:
         raise BackfillError(f"{data / 'items.jsonl'}: no valid record")
     catalogue = catalogue_of(items, artefacts, settings.space)

@@ -28,14 +28,13 @@ def backfill(
     """
     from kafka.errors import KafkaError
 
-    from gpl.artefacts import ArtefactsError
     from streams.history import backfill as work
 
     settings = load(config)
     try:
         outcome = work.backfill(data, out, settings, processes, ray, typer.echo)
         counts = work.publish(out, settings) if publish else {}
-    except (work.BackfillError, FileNotFoundError, ArtefactsError, ImportError, KafkaError) as error:
+    except (ValueError, FileNotFoundError, ImportError, KafkaError) as error:
         typer.echo(f"error: {str(error) or type(error).__name__}", err=True)
         raise typer.Exit(1) from error
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(outcome.refreshes.items()))

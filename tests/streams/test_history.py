@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import Result
 from typer.testing import CliRunner
 
 from gpl.artefacts import Artefacts
@@ -16,13 +17,20 @@ from gpl.fit import Event as PastEvent
 from gpl.fit import FitOptions, fit
 from streams.cli import app
 from streams.contracts import Feedback, Item, Label, Recall, UserAnchors, decode, encode
-from streams.fitting import catalogue_of
+from streams.fitting import catalogue_of, fit_directory
 from streams.frame import Frame
 from streams.history.backfill import BackfillError, backfill, labels_in_order
 from streams.history.partition import ANCHORS, LABELS, PROFILES, file_of, load_catalogue, partition_of, save_catalogue
 from streams.history.pipeline import Event, Pipeline, in_event_time
 from streams.profiles.state import Profile
-from streams.settings import KafkaSettings, LabelSettings, ProfileSettings, Settings, TrainerSettings
+from streams.settings import (
+    GeneratorSettings,
+    KafkaSettings,
+    LabelSettings,
+    ProfileSettings,
+    Settings,
+    TrainerSettings,
+)
 from streams.trainer.checkpoint import CheckpointStore
 from streams.trainer.trainer import Trainer
 
@@ -89,6 +97,21 @@ def data(tmp_path: Path) -> Path:
         text = b"".join(encode(line) + b"\n" for line in lines if isinstance(line, kind))
         (directory / f"{name}.jsonl").write_bytes(text + b"not a record\n")
     return directory
+
+
+def run_command(settings: Settings, *arguments: str) -> Result:
+    """``gpl backfill`` under these settings."""
+    return CliRunner().invoke(
+        app,
+        ["backfill", "--processes", "1", *arguments],
+        env={
+            "GPL_ARTEFACTS": str(settings.artefacts),
+            "GPL_KAFKA__PARTITIONS": str(PARTITIONS),
+            "GPL_LABELS__WINDOW_SECONDS": str(WINDOW),
+            "GPL_TRAINER__CHECKPOINTS": str(settings.trainer.checkpoints),
+            "GPL_TRAINER__DIM": "4",
+        },
+    )
 
 
 def pipeline(settings: Settings, period_ms: int | None = None) -> Pipeline:
@@ -159,17 +182,7 @@ def test_the_outcome_is_the_same_for_any_number_of_processes(settings: Settings,
 
 
 def test_a_trainer_and_a_profile_go_on_from_it(settings: Settings, data: Path, tmp_path: Path) -> None:
-    done = CliRunner().invoke(
-        app,
-        ["backfill", str(data), "--out", str(tmp_path / "out"), "--processes", "1"],
-        env={
-            "GPL_ARTEFACTS": str(settings.artefacts),
-            "GPL_KAFKA__PARTITIONS": "3",
-            "GPL_LABELS__WINDOW_SECONDS": str(WINDOW),
-            "GPL_TRAINER__CHECKPOINTS": str(settings.trainer.checkpoints),
-            "GPL_TRAINER__DIM": "4",
-        },
-    )
+    done = run_command(settings, str(data), "--out", str(tmp_path / "out"))
     assert done.exit_code == 0, done.output
     artefacts = Artefacts.load(settings.artefacts)
     frame = Frame(DIM, artefacts.quantiser.levels, artefacts.space.version, artefacts.quantiser.version)
@@ -194,6 +207,32 @@ def test_a_trainer_and_a_profile_go_on_from_it(settings: Settings, data: Path, t
         }
         for made in anchors:
             assert profiles[made.user_id].sequence == made.version and not profiles[made.user_id].pending
+
+
+def test_items_that_the_stream_would_refuse_are_passed_over(settings: Settings, data: Path, tmp_path: Path) -> None:
+    path = data / "items.jsonl"
+    vector = items()[0].embedding
+    bad = [Item("blank", " "), Item("short", "", embedding=[1.0, 2.0]), Item("i3", "", embedding=vector)]
+    lines = [encode(item) + b"\n" for item in bad]
+    path.write_bytes(lines[0] + path.read_bytes() + lines[1] + lines[2])
+    said: list[str] = []
+    own = settings.model_copy(update={"generator": GeneratorSettings(kind="history")})
+    again = fit_directory(data, own, 0, said.append)
+    assert again.report["items"] == ITEMS
+    assert again.space.version == Artefacts.load(settings.artefacts).space.version  # made from the same vectors
+    assert sum("3 passed over" in text for text in said) == 1
+    said.clear()
+    assert backfill(data, tmp_path / "out", settings, 1, False, said.append).labels == 200
+    catalogue = load_catalogue(tmp_path / "out" / "catalogue.npz")
+    assert catalogue.ids() == [item.item_id for item in items()]
+    assert sum("3 passed over" in text for text in said) == 1
+
+
+def test_items_of_another_space_are_one_clear_message(settings: Settings, data: Path, tmp_path: Path) -> None:
+    (data / "items.jsonl").write_bytes(encode(Item("i0", "", embedding=[1.0, 2.0])))
+    done = run_command(settings, str(data), "--out", str(tmp_path / "out"))
+    assert done.exit_code == 1 and isinstance(done.exception, SystemExit)
+    assert done.stderr.startswith("error: raw: shape (1, 2)") and not (tmp_path / "out").exists()
 
 
 def test_errors_say_what_to_do(settings: Settings, data: Path, tmp_path: Path) -> None:
