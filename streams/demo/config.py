@@ -26,6 +26,9 @@ _DEMO: dict[str, Any] = {
 
 _RETENTION_WALL_SECONDS = 60.0
 
+WRITTEN = "# Written by `gpl demo`"
+"""How a demo's ``gpl.toml`` begins: the directory that holds it is a demo's, and the next run may clear it."""
+
 _BARE = re.compile(r"^[A-Za-z0-9_-]+$")
 
 
@@ -62,7 +65,7 @@ def install(place: Place, document: Mapping[str, Any], artefacts: Path, bootstra
     """Write the run's ``gpl.toml`` and load it. Raises pydantic.ValidationError for what cannot be set."""
     place.directory.mkdir(parents=True, exist_ok=True)
     document = merged(document, _of_run(place, artefacts, bootstrap))
-    place.config.write_text("# Written by `gpl demo`; changes here are lost.\n" + toml(document), encoding="utf-8")
+    place.config.write_text(f"{WRITTEN}; changes here are lost.\n{toml(document)}", encoding="utf-8")
     return load(place.config)
 
 

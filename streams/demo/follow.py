@@ -22,7 +22,7 @@ from streams.settings import KafkaSettings
 
 SCORE_EDGES: NDArray[np.float64] = np.linspace(-1.0, 1.0, 81)
 
-_FILES = {
+FILES = {
     "item-vectors": "catalogue.jsonl",
     "calibrations": "calibrations.jsonl",
     "anchor-requests": "anchor-requests.jsonl",
@@ -111,7 +111,7 @@ class Recorder:
         self.outcome = Outcome()
         self._clock = clock
         self._prefix = prefix
-        self._files: dict[str, IO[bytes]] = {name: (directory / file).open("wb") for name, file in _FILES.items()}
+        self._files: dict[str, IO[bytes]] = {name: (directory / file).open("wb") for name, file in FILES.items()}
         handlers = {
             "item-vectors": self._item_vector,
             "calibrations": self._calibration,

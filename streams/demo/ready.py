@@ -11,7 +11,7 @@ from typing import Any
 
 from streams.data.validate import Problem, problems
 from streams.demo import prepare
-from streams.demo.config import Place, install, merged, wanted
+from streams.demo.config import WRITTEN, Place, install, merged, wanted
 from streams.demo.timeline import Split, Timeline
 from streams.settings import Settings
 
@@ -62,9 +62,11 @@ class Ready:
 def get_ready(options: Options, say: Say) -> Ready:
     """Convert where needed, split, and index; the fit is named, not made. Raises DemoError, DatasetMissingError."""
     root = options.directory.absolute()
-    data = options.data or prepare.movielens_directory(root, options.seed, say)
     place = Place(root, "gpl-demo")
+    _check(place, options.data)
+    # Before anything else is written: it marks the directory as a demo's.
     settings = install(place, wanted(place, options.config, options.window), root / "none", _NO_BROKER)
+    data = options.data or prepare.movielens_directory(root, options.seed, say)
     cap = settings.kafka.max_record_bytes
     if options.data is not None:
         _look_over(data, settings, say)
@@ -85,6 +87,19 @@ def get_ready(options: Options, say: Say) -> Ready:
     settings = install(place, document, root / "none", _NO_BROKER)
     fit = prepare.place_of_fit(root, data, options.train_fraction, options.seed, settings)
     return Ready(data, split, timeline, fit, document, settings, speed)
+
+
+def _check(place: Place, data: Path | None) -> None:
+    """Raise DemoError unless the directory is new, empty or an earlier demo's: a run clears it."""
+    directory = place.directory
+    if data is not None and data.resolve() == directory.resolve():
+        raise DemoError(f"{directory} holds the data; a run clears its directory, --out must name another")
+    if not directory.exists() or not any(directory.iterdir()):
+        return
+    if not place.config.is_file() or not place.config.read_bytes().startswith(WRITTEN.encode()):
+        raise DemoError(
+            f"{directory} is not empty and not of an earlier demo; a run clears its directory, --out must name another"
+        )
 
 
 def _look_over(data: Path, settings: Settings, say: Say) -> None:

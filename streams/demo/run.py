@@ -24,7 +24,7 @@ from streams.contracts import Item
 from streams.data.reader import records
 from streams.demo import figures, report
 from streams.demo.config import Place, install
-from streams.demo.follow import Follower, Outcome, Recorder
+from streams.demo.follow import FILES, Follower, Outcome, Recorder
 from streams.demo.live import LiveView, readable
 from streams.demo.monitor import Monitor
 from streams.demo.processes import Parts
@@ -105,11 +105,11 @@ def run(options: Options, console: Console) -> dict[str, Any]:
 
 
 def _clear(directory: Path) -> None:
-    """Take away what the run before left; what was prepared stays."""
+    """Take away what the run before left, by name; what was prepared stays, and so does whatever is not a demo's."""
     for name in ("state", "models", "logs", "broker"):
         shutil.rmtree(directory / name, ignore_errors=True)
-    for path in directory.glob("*.jsonl"):
-        path.unlink()
+    for name in (Place(directory, "").journal.name, *FILES.values()):
+        (directory / name).unlink(missing_ok=True)
 
 
 class _Stage:
