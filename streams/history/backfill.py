@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,17 @@ from streams.data.reader import records
 from streams.fitting import catalogue_of, usable
 from streams.frame import Frame
 from streams.history.partition import ANCHORS, LABELS, PROFILES, Done, Task, file_of, label_partition, save_catalogue
-from streams.kafka import producer
-from streams.settings import Settings
+from streams.kafka import check_size, producer
+from streams.settings import KafkaSettings, Settings
 from streams.topics import full_name
 from streams.trainer.checkpoint import CheckpointStore
 from streams.trainer.trainer import Trainer
 
 Say = Callable[[str], None]
+
+_COMPLETE = "complete.json"
+_CHUNK = 500  # records that are sent before their answers are waited for
+_SEND_SECONDS = 60.0
 
 
 class _Keyed(msgspec.Struct):
@@ -53,7 +58,7 @@ def backfill(data: Path, out: Path, settings: Settings, processes: int, ray: boo
 
     ``out``: a new directory for labels, anchors and profiles, a file a partition. Nothing of the outcome depends on
     ``processes``. Raises BackfillError where there is already a checkpoint or ``out`` exists, FileNotFoundError for
-    missing files, ImportError without ray where it is asked for.
+    missing files, ImportError without ray where it is asked for, ValueError for items that cannot be encoded.
     """
     for name in ("items.jsonl", "recalls.jsonl", "feedback.jsonl"):
         if not (data / name).is_file():
@@ -79,25 +84,48 @@ def backfill(data: Path, out: Path, settings: Settings, processes: int, ray: boo
     trainer = _train(out, settings, artefacts, catalogue)
     checkpoint = trainer.checkpoint(positions={}, journal=0)
     where = store.save(checkpoint)
+    # The last, and there as a whole or not at all.
+    aside = out / f".{_COMPLETE}"
+    aside.write_bytes(_marker(data, settings))
+    aside.replace(out / _COMPLETE)
     return Outcome(sum(d.labels for d in done), sum(d.users for d in done), refreshes, where, dict(checkpoint.metrics))
+
+
+def is_complete(data: Path, out: Path, settings: Settings) -> bool:
+    """Whether ``out`` is what a backfill of this data directory, on as many partitions, has made to its end."""
+    marker = out / _COMPLETE
+    return marker.is_file() and marker.read_bytes() == _marker(data, settings)
+
+
+def _marker(data: Path, settings: Settings) -> bytes:
+    return msgspec.json.encode({"data": str(data.resolve()), "partitions": settings.kafka.partitions})
 
 
 def publish(out: Path, settings: Settings) -> dict[str, int]:
     """Put a backfill's anchors and profiles on their topics, so that the roles go on from them. Records by topic.
 
-    The topics must have none of them yet; the calibration is ``gpl fit --publish``'s.
+    For topics on which the roles have written nothing yet; one that failed can be repeated, for each user's newest
+    record counts. The calibration is ``gpl fit --publish``'s. Raises kafka errors when the broker refuses a record,
+    RecordTooLargeError.
     """
-    counts = {}
-    with producer(settings.kafka) as sending:
+    kafka, counts = settings.kafka, {}
+    with producer(kafka) as sending:
         for topic, kind in (("user-anchors", ANCHORS), ("profiles", PROFILES)):
-            counts[topic] = 0
-            for partition in range(settings.kafka.partitions):
-                for line in file_of(out, kind, partition).read_bytes().splitlines():
-                    key = msgspec.json.decode(line, type=_Keyed).user_id.encode()
-                    sending.send(full_name(settings.kafka, topic), key=key, value=line, partition=partition)
-                    counts[topic] += 1
-        sending.flush()
+            name, counts[topic] = full_name(kafka, topic), 0
+            for partition in range(kafka.partitions):
+                with file_of(out, kind, partition).open("rb") as lines:
+                    while chunk := list(islice(lines, _CHUNK)):
+                        sent = [_send(sending, kafka, name, partition, line.rstrip(b"\n")) for line in chunk]
+                        for future in sent:
+                            future.get(timeout=_SEND_SECONDS)
+                        counts[topic] += len(sent)
     return counts
+
+
+def _send(sending: Any, kafka: KafkaSettings, topic: str, partition: int, line: bytes) -> Any:
+    key = msgspec.json.decode(line, type=_Keyed).user_id.encode()
+    check_size(kafka, topic, key, line)
+    return sending.send(topic, key=key, value=line, partition=partition)
 
 
 def labels_in_order(out: Path, partitions: int) -> Iterator[Label]:

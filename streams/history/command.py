@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from streams.cli_options import ConfigOption
 from streams.settings import load
+
+if TYPE_CHECKING:
+    from streams.history.backfill import Outcome
+
+_PUBLISH = "Put anchors and profiles on their topics too; where --out is complete already, do only this."
 
 
 def backfill(
@@ -19,7 +24,7 @@ def backfill(
     ),
     processes: Annotated[int, typer.Option(min=1, help="On this machine.")] = os.cpu_count() or 1,
     ray: Annotated[bool, typer.Option("--ray", help="Workers of Ray instead (extra `ray`).")] = False,
-    publish: Annotated[bool, typer.Option("--publish", help="Put anchors and profiles on their topics too.")] = False,
+    publish: Annotated[bool, typer.Option("--publish", help=_PUBLISH)] = False,
     config: ConfigOption = None,
 ) -> None:
     """The first anchors, labels and checkpoint from history, by the same joiner, labeller and trainer as the stream.
@@ -32,14 +37,20 @@ def backfill(
 
     settings = load(config)
     try:
-        outcome = work.backfill(data, out, settings, processes, ray, typer.echo)
+        if publish and work.is_complete(data, out, settings):
+            typer.echo(f"{out} is complete, it is only published")
+        else:
+            _tell(work.backfill(data, out, settings, processes, ray, typer.echo))
         counts = work.publish(out, settings) if publish else {}
     except (ValueError, FileNotFoundError, ImportError, KafkaError) as error:
         typer.echo(f"error: {str(error) or type(error).__name__}", err=True)
         raise typer.Exit(1) from error
+    for topic, count in counts.items():
+        typer.echo(f"{count:,} records on {topic}")
+
+
+def _tell(outcome: Outcome) -> None:
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(outcome.refreshes.items()))
     typer.echo(f"anchor refreshes: {reasons or 'none'}")
     typer.echo(f"checkpoint {outcome.checkpoint}")
     typer.echo("  ".join(f"{name} {value:.4f}" for name, value in outcome.metrics.items()))
-    for topic, count in counts.items():
-        typer.echo(f"{count:,} records on {topic}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
+from kafka.errors import KafkaError
 from typer.testing import CliRunner
 
 from gpl.artefacts import Artefacts
@@ -19,9 +21,11 @@ from streams.cli import app
 from streams.contracts import Feedback, Item, Label, Recall, UserAnchors, decode, encode
 from streams.fitting import catalogue_of, fit_directory
 from streams.frame import Frame
+from streams.history import backfill as work
 from streams.history.backfill import BackfillError, backfill, labels_in_order
 from streams.history.partition import ANCHORS, LABELS, PROFILES, file_of, load_catalogue, partition_of, save_catalogue
 from streams.history.pipeline import Event, Pipeline, in_event_time
+from streams.kafka import RecordTooLargeError
 from streams.profiles.state import Profile
 from streams.settings import (
     GeneratorSettings,
@@ -233,6 +237,66 @@ def test_items_of_another_space_are_one_clear_message(settings: Settings, data: 
     done = run_command(settings, str(data), "--out", str(tmp_path / "out"))
     assert done.exit_code == 1 and isinstance(done.exception, SystemExit)
     assert done.stderr.startswith("error: raw: shape (1, 2)") and not (tmp_path / "out").exists()
+
+
+class Broker:
+    """A producer whose records are acknowledged; from the ``failing``-th on they are refused."""
+
+    def __init__(self, failing: float = math.inf) -> None:
+        self.failing = failing
+        self.sent: list[tuple[str, int, bytes, bytes]] = []
+        self.waiting = self.most_waiting = 0
+
+    def __enter__(self) -> Broker:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def send(self, topic: str, key: bytes, value: bytes, partition: int) -> Sent:
+        self.sent.append((topic, partition, key, value))
+        self.waiting += 1
+        self.most_waiting = max(self.most_waiting, self.waiting)
+        return Sent(self, len(self.sent) >= self.failing)
+
+
+class Sent:
+    def __init__(self, broker: Broker, refused: bool) -> None:
+        self.broker, self.refused = broker, refused
+
+    def get(self, timeout: float) -> None:
+        self.broker.waiting -= 1
+        if self.refused:
+            raise KafkaError("refused")
+
+
+def test_a_publication_that_failed_is_repeated_alone(
+    settings: Settings, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (str(data), "--out", str(tmp_path / "out"), "--publish")
+    brokers = [Broker(failing=5), Broker(), Broker()]
+    made = iter(brokers)
+    monkeypatch.setattr(work, "producer", lambda _: next(made))
+    monkeypatch.setattr(work, "_CHUNK", 2)
+    failed = run_command(settings, *arguments)
+    assert failed.exit_code == 1 and "refused" in failed.stderr and "records on" not in failed.stdout
+    assert "checkpoint " in failed.stdout  # what was made is told all the same
+    again = run_command(settings, *arguments)
+    assert again.exit_code == 0 and "only published" in again.stdout, again.output
+    sent = brokers[1].sent
+    for topic, kind in (("user-anchors", ANCHORS), ("profiles", PROFILES)):
+        lines = [(p, x) for p in range(PARTITIONS) for x in file_of(tmp_path / "out", kind, p).read_bytes().split()]
+        assert [(p, value) for name, p, _, value in sent if name == f"gpl.{topic}"] == lines
+        assert f"{len(lines):,} records on {topic}" in again.stdout
+    assert all(partition_of(key.decode(), PARTITIONS) == p for _, p, key, _ in sent)
+    assert brokers[1].most_waiting == 2 and brokers[1].waiting == 0
+    # Not of other data, nor without --publish, nor what was not made to its end, nor over the cap.
+    assert run_command(settings, str(tmp_path), *arguments[1:]).exit_code == 1
+    assert run_command(settings, *arguments[:-1]).exit_code == 1
+    small = settings.kafka.model_copy(update={"max_record_bytes": 64})
+    with pytest.raises(RecordTooLargeError):
+        work.publish(tmp_path / "out", settings.model_copy(update={"kafka": small}))
+    (tmp_path / "out" / "complete.json").unlink()
+    assert run_command(settings, *arguments).exit_code == 1
 
 
 def test_errors_say_what_to_do(settings: Settings, data: Path, tmp_path: Path) -> None:
