@@ -98,13 +98,15 @@ def usable(items: Iterable[Item], say: Say) -> Iterator[Item]:
 
 
 def catalogue_of(items: Iterable[Item], artefacts: Artefacts, space: SpaceSettings) -> Catalogue:
-    """All items as the catalogue agent would place them. Raises ValueError for items that cannot be encoded."""
+    """All items as the catalogue agent would place them, in the space of the artefacts. ``space``: of the cache.
+
+    Raises ValueError for items that cannot be encoded there.
+    """
     contents = [ItemContent(item.item_id, item.text, item.embedding) for item in items]
-    name = choose_encoder(contents, space.encoder)
-    encoder = None
-    if name != PRECOMPUTED:
-        encoder = SentenceEncoder(name, space.cache, space.batch_size, lambda *_: None)
-    vectors = artefacts.space.project(raw_vectors(contents, encoder))
+    fitted, encoder = artefacts.space, None
+    if fitted.encoder != PRECOMPUTED:
+        encoder = SentenceEncoder(fitted.encoder, space.cache, space.batch_size, lambda *_: None)
+    vectors = fitted.project(raw_vectors(contents, encoder, fitted.dim))
     catalogue = Catalogue(artefacts.space.dim, artefacts.quantiser.levels)
     for content, vector, sid in zip(contents, vectors, artefacts.quantiser.encode(vectors), strict=True):
         catalogue.put(content.item_id, vector, sid)

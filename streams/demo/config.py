@@ -29,7 +29,7 @@ _RETENTION_WALL_SECONDS = 60.0
 WRITTEN = "# Written by `gpl demo`"
 """How a demo's ``gpl.toml`` begins: the directory that holds it is a demo's, and the next run may clear it."""
 
-_BARE = re.compile(r"^[A-Za-z0-9_-]+$")
+_BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def toml(document: Mapping[str, Any], prefix: str = "") -> str:
 
 
 def _key(name: str) -> str:
-    return name if _BARE.match(name) else _value(name)
+    return name if _BARE.fullmatch(name) else _value(name)
 
 
 def _value(value: Any) -> str:

@@ -236,7 +236,10 @@ def test_items_of_another_space_are_one_clear_message(settings: Settings, data: 
     (data / "items.jsonl").write_bytes(encode(Item("i0", "", embedding=[1.0, 2.0])))
     done = run_command(settings, str(data), "--out", str(tmp_path / "out"))
     assert done.exit_code == 1 and isinstance(done.exception, SystemExit)
-    assert done.stderr.startswith("error: raw: shape (1, 2)") and not (tmp_path / "out").exists()
+    assert (
+        done.stderr.startswith("error: item 'i0': embedding has dimension 2, expected")
+        and not (tmp_path / "out").exists()
+    )
 
 
 class Broker:
@@ -316,3 +319,10 @@ def test_a_catalogue_comes_back_from_its_file(settings: Settings, tmp_path: Path
     assert again.ids() == catalogue.ids()
     np.testing.assert_array_equal(again.vectors, catalogue.vectors)
     np.testing.assert_array_equal(again.sids, catalogue.sids)
+
+
+def test_items_without_vectors_have_no_place_in_a_space_of_vectors(settings: Settings) -> None:
+    artefacts = Artefacts.load(settings.artefacts)
+    assert artefacts.space.encoder == "precomputed"
+    with pytest.raises(ValueError, match="item 'x': embedding is missing"):
+        catalogue_of([Item("x", "red shoe")], artefacts, settings.space)
