@@ -78,6 +78,7 @@ def replay(
     """Label a range of the log again, in a group of its own, and compare with what was recorded."""
     from streams.replay import execute as running
     from streams.replay import output, preview, report
+    from streams.replay.log import LogError
     from streams.replay.run import Setup
     from streams.replay.select import resolve
     from streams.replay.whatif import what_if
@@ -87,7 +88,7 @@ def replay(
         with open_log(config, capture) as (log, settings, held):
             asked = what_if(settings, changes or ())
             ahead_ms = _ahead(ahead, asked.settings)
-            selection = resolve(log, wanted, int(asked.settings.labels.window_seconds * 1000), held)
+            selection = resolve(log, wanted, asked.settings.labels, held)
             if not execute:
                 setup = Setup.of(asked.settings, log.frame)
                 seen = preview.preview(log, selection, setup, compare, ahead_ms)
@@ -104,13 +105,15 @@ def replay(
                 default = Path("runs/replay") / f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
                 outputs.append(output.Files(out or default))
             run = running.execute(log, selection, settings, asked, outputs, compare, ahead_ms, top)
-            if html is not None:
-                html.write_text(report.html(run.document), encoding="utf-8")
             if as_json:
                 typer.echo(json.dumps(run.document, indent=2))
-                return
-            _out.print(Text(report.selection_text(selection)))
-            _out.print(report.run_table(run, top))
+            else:
+                _out.print(Text(report.selection_text(selection)))
+                _out.print(report.run_table(run, top))
+            if html is not None:  # last: a page that cannot be written must not cost the result
+                html.write_text(report.html(run.document), encoding="utf-8")
+            if run.empty:
+                raise LogError("the selection holds no request")
 
 
 def capture(
@@ -131,7 +134,7 @@ def capture(
 
     with clear_errors(), open_log(config, None) as (log, settings, _):
         wanted = _wanted(from_, to, last, offsets, user, topic)
-        selection = resolve(log, wanted, int(settings.labels.window_seconds * 1000))
+        selection = resolve(log, wanted, settings.labels)
         replay = Replay(log, selection, Setup.of(settings, log.frame), ahead_ms=_ahead(ahead, settings))
         manifest = record.capture(log, selection, settings, directory, replay)
         size = sum(path.stat().st_size for path in directory.iterdir())

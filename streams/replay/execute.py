@@ -30,6 +30,12 @@ class Run:
     document: dict[str, Any]
     comparison: Comparison | None
 
+    @property
+    def empty(self) -> bool:
+        """Whether neither a recall nor a recorded label was of the selection."""
+        recorded = self.comparison is not None and bool(self.comparison.only_recorded.reasons)
+        return not recorded and not any(self.document["requests"].values())
+
 
 def execute(
     log: Log,

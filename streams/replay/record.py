@@ -9,7 +9,7 @@ from streams.labels import published
 from streams.labels.code import code_version
 from streams.replay.capture import SECTIONS, CaptureWriter, Manifest
 from streams.replay.join import Requests
-from streams.replay.log import Entry, Log
+from streams.replay.log import Entry, Log, LogError
 from streams.replay.run import Replay
 from streams.replay.select import Selection
 from streams.replay.walk import SOURCES, Step
@@ -22,10 +22,14 @@ CLOCK_SKEW_MS = 60_000
 
 
 def capture(log: Log, selection: Selection, settings: Settings, directory: Path, replay: Replay) -> Manifest:
-    """Save what replaying the selection reads. Raises FileExistsError when the directory exists."""
+    """Save what replaying the selection reads. Raises FileExistsError when the directory exists, LogError when the
+    selection holds no request.
+    """
     writer = CaptureWriter(directory)
     try:
         requests = sum(_partition(log, selection, replay, p, writer) for p in selection.partitions(log))
+        if not requests:
+            raise LogError("the selection holds no request; nothing was written")
         for topic in WHOLE:
             for partition in log.partitions(topic):
                 writer.open(topic, partition, log.span(topic, partition))

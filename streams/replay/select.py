@@ -12,6 +12,7 @@ import msgspec
 
 from streams.contracts import Feedback, Label, Recall, decode
 from streams.replay.log import Entry, Log, LogError
+from streams.settings import LabelSettings
 
 FAR = 253_402_300_800_000
 """After every event time that a record can carry."""
@@ -136,20 +137,20 @@ def time_text(ms: int) -> str:
     return datetime.fromtimestamp(ms / 1000, UTC).isoformat(sep=" ", timespec="milliseconds").replace("+00:00", "Z")
 
 
-def resolve(log: Log, wanted: Wanted, window_ms: int, held: Selection | None = None) -> Selection:
+def resolve(log: Log, wanted: Wanted, labels: LabelSettings, held: Selection | None = None) -> Selection:
     """What was asked for, as a selection on this log. ``held``: what the log is complete for, where it is a capture.
 
     Raises LogError when it names nothing that can be read.
     """
     if held is None:
-        return _resolve(log, wanted, window_ms)
+        return _resolve(log, wanted, labels, Selection(0, FAR))
     if wanted == Wanted(topic=wanted.topic):
         return held
     if wanted.user not in (None, held.user) and held.user is not None:
         raise LogError(f"the capture holds the requests of user {held.user!r} only")
     if wanted.offsets and (held.recalls is not None or held.feedback is not None):
         raise LogError("the capture was made of offsets; it is replayed as a whole, or by time and user")
-    found = _resolve(log, wanted, window_ms)
+    found = _resolve(log, wanted, labels, held)
     from_ms, to_ms = max(found.from_ms, held.from_ms), min(found.to_ms, held.to_ms)
     if from_ms >= to_ms:
         raise LogError(f"the capture holds recalls from {time_text(held.from_ms)} to {time_text(held.to_ms)}")
@@ -158,11 +159,11 @@ def resolve(log: Log, wanted: Wanted, window_ms: int, held: Selection | None = N
     return Selection(from_ms, to_ms, found.user or held.user, recalls, feedback)
 
 
-def _resolve(log: Log, wanted: Wanted, window_ms: int) -> Selection:
+def _resolve(log: Log, wanted: Wanted, labels: LabelSettings, held: Selection) -> Selection:
     from_ms = 0 if wanted.from_ms is None else wanted.from_ms
     to_ms = FAR if wanted.to_ms is None else wanted.to_ms
     if wanted.last_ms is not None:
-        newest = _newest(log)
+        newest = _newest(log, labels, held)
         from_ms, to_ms = max(from_ms, newest - wanted.last_ms), min(to_ms, newest + 1)
     if from_ms >= to_ms:
         raise LogError(f"the range from {time_text(from_ms)} to {time_text(to_ms)} is empty")
@@ -175,6 +176,7 @@ def _resolve(log: Log, wanted: Wanted, window_ms: int) -> Selection:
     oldest, newest = _event_times(log, chosen, ranges)
     if chosen == "feedback":
         # An event at ts joins a request of at most a window before.
+        window_ms = int(labels.window_seconds * 1000)
         return Selection(max(from_ms, oldest - window_ms), min(to_ms, newest + 1), wanted.user, feedback=ranges)
     return Selection(max(from_ms, oldest), min(to_ms, newest + 1), wanted.user, recalls=ranges)
 
@@ -228,13 +230,27 @@ def event_time(entry: Entry) -> int | None:
         return None
 
 
-def _newest(log: Log) -> int:
-    newest = [
-        ts
-        for p in log.partitions("recalls")
-        for entry in log.read("recalls", p, log.span("recalls", p).end - _TAIL)
-        if (ts := event_time(entry)) is not None
-    ]
+def _newest(log: Log, labels: LabelSettings, held: Selection) -> int:
+    """Event time of the newest recall of ``held``; those that the labels role refuses do not count."""
+    newest = []
+    for partition in log.partitions("recalls"):
+        # The end of a capture's partition is that of the log it was made of, and may hold none of its recalls.
+        for start in (log.span("recalls", partition).end - _TAIL, None):
+            if times := list(_taken(log, partition, start, labels, held)):
+                newest.append(max(times))
+                break
     if not newest:
         raise LogError("the recalls topic holds no recall, so there is no newest one to count back from")
     return max(newest)
+
+
+def _taken(log: Log, partition: int, start: int | None, labels: LabelSettings, held: Selection) -> Iterator[int]:
+    """Event times of the recalls of ``held`` that the labels role takes."""
+    for entry in log.read("recalls", partition, start):
+        try:
+            recall = decode(Recall, entry.value or b"")
+        except msgspec.DecodeError:
+            continue
+        ahead_ms = recall.ts - entry.kafka_ms
+        if ahead_ms <= labels.max_ahead_seconds * 1000 and held.recall(partition, entry.offset, recall):
+            yield recall.ts

@@ -115,27 +115,44 @@ def test_a_user_and_offsets_choose_and_change_no_label():
     }
     assert all(r.label == whole[r.request.recall.request_id].label for r in mine)
 
-    some = resolve(world.log, Wanted(offsets=offset_ranges("0:2-5")), WINDOW)
+    some = resolve(world.log, Wanted(offsets=offset_ranges("0:2-5")), LABELS)
     chosen = run(world.log, some)
     assert [(r.request.partition, r.request.offset) for r in chosen] == [(0, n) for n in (2, 3, 4, 5)]
     assert all(r.label == whole[r.request.recall.request_id].label for r in chosen)
 
     event = next(world.log.read("feedback", 1, 7))
-    joined = run(world.log, resolve(world.log, Wanted(offsets=offset_ranges("1:7"), topic="feedback"), WINDOW))
+    joined = run(world.log, resolve(world.log, Wanted(offsets=offset_ranges("1:7"), topic="feedback"), LABELS))
     holders = {n for n, r in whole.items() if r.request.partition == 1 and 7 in r.request.joined[0].feedback_offsets}
     assert {r.request.recall.request_id for r in joined} == holders, event
 
     world.record()
     label = next(world.log.read("labels", 0, 3))
-    by_label = run(world.log, resolve(world.log, Wanted(offsets=offset_ranges("0:3"), topic="labels"), WINDOW))
+    by_label = run(world.log, resolve(world.log, Wanted(offsets=offset_ranges("0:3"), topic="labels"), LABELS))
     assert [r.request.recall.request_id for r in by_label] == [dict(label.headers)["gpl-request-id"].decode()]
 
 
 def test_the_last_hour_counts_back_from_the_newest_recall():
     world = World(4)
     world.send(world.events(20, 60_000))
-    found = resolve(world.log, Wanted(last_ms=5 * 60_000), WINDOW)
+    found = resolve(world.log, Wanted(last_ms=5 * 60_000), LABELS)
     assert {r.request.recall.request_id for r in run(world.log, found)} == {f"r{n}" for n in range(14, 20)}
+
+
+def test_a_refused_recall_of_the_future_is_not_the_newest():
+    world = World(4)
+    world.send([*world.events(20, 60_000), Recall("far", "user-0", 253_402_300_000_000, ["item-1"])])
+    found = resolve(world.log, Wanted(last_ms=5 * 60_000), LABELS)
+    assert {r.request.recall.request_id for r in run(world.log, found)} == {f"r{n}" for n in range(14, 20)}
+
+
+def test_the_newest_recall_is_found_before_a_long_tail_that_is_refused():
+    world = World(4)
+    world.send(world.events(20, 60_000))
+    for _ in range(300):
+        world.log.put("recalls", "user-0", b"{not json")
+        world.log.put("recalls", "user-1", b"{not json")
+    found = resolve(world.log, Wanted(last_ms=5 * 60_000), LABELS)
+    assert len(run(world.log, found)) == 6
 
 
 def test_malformed_records_and_records_from_the_future_are_counted_and_label_nothing():
@@ -281,10 +298,10 @@ def test_merged_ranges_hold_the_same_offsets(pairs):
 def test_a_range_that_names_nothing_is_refused():
     world = World(12)
     with pytest.raises(LogError, match="empty"):
-        resolve(world.log, Wanted(from_ms=10, to_ms=10), WINDOW)
+        resolve(world.log, Wanted(from_ms=10, to_ms=10), LABELS)
     with pytest.raises(LogError, match="no recall"):
-        resolve(world.log, Wanted(last_ms=10), WINDOW)
+        resolve(world.log, Wanted(last_ms=10), LABELS)
     with pytest.raises(LogError, match="partition 9"):
-        resolve(world.log, Wanted(offsets=offset_ranges("9:1-2")), WINDOW)
+        resolve(world.log, Wanted(offsets=offset_ranges("9:1-2")), LABELS)
     with pytest.raises(LogError, match="expired"):
-        resolve(world.log, Wanted(offsets=offset_ranges("0:1000-2000")), WINDOW)
+        resolve(world.log, Wanted(offsets=offset_ranges("0:1000-2000")), LABELS)

@@ -101,6 +101,7 @@ def test_explain_tells_the_story_and_writes_it(saved: Path):
         (["replay", "--topic", "items", "--offsets", "1-2"], 2, "'items' is none of"),
         (["replay", "--from", "2023-02-01", "--to", "2023-01-01"], 1, "is empty"),
         (["replay", "--from", "2001-01-01", "--to", "2002-01-01"], 0, "recalls from 2001"),
+        (["replay", "--from", "2001-01-01", "--to", "2002-01-01", "--execute"], 1, "the selection holds no request"),
         (["replay", "--offsets", "7:1-2"], 1, "partition 7"),
         (["replay", "--set", "generator.beams=3"], 1, "generator.beams: replay cannot answer this"),
         (["replay", "--set", "labels.kernel_tau=-1"], 1, "labels.kernel_tau"),

@@ -14,15 +14,15 @@ import pytest
 from streams.contracts import Calibration, Feedback, Label, Recall, encode
 from streams.replay.capture import CaptureLog, CaptureWriter
 from streams.replay.compare import Comparison, compare
-from streams.replay.log import Log
+from streams.replay.log import Log, LogError
 from streams.replay.output import LABELS as LABELS_FILE
 from streams.replay.output import Files, Nowhere
 from streams.replay.record import capture
 from streams.replay.run import Replay, Setup
-from streams.replay.select import Selection
+from streams.replay.select import Selection, Wanted, resolve
 from streams.replay.values import Value, distance, kind, move
 from streams.replay.whatif import WhatIfError, what_if
-from tests.streams.replay_world import EVERYTHING, FRAME, SETTINGS, START, World, unit
+from tests.streams.replay_world import EVERYTHING, FRAME, LABELS, SETTINGS, START, World, unit
 
 
 def compared(log: Log, *changes: str, selection: Selection = EVERYTHING) -> Comparison:
@@ -317,6 +317,30 @@ def captured(world: World, tmp_path: Path) -> Path:
     setup = Setup.of(SETTINGS, FRAME)
     capture(world.log, EVERYTHING, SETTINGS, tmp_path / "cap", Replay(world.log, EVERYTHING, setup))
     return tmp_path / "cap"
+
+
+@pytest.mark.parametrize("user", [None, "user-1"])
+def test_the_last_minute_of_a_capture_of_an_older_range_counts_from_its_newest_recall(
+    world: World, user: str | None, tmp_path: Path
+):
+    world.send([Recall(f"y{k}", "user-0", START + 400_000 + k * 100, ["item-3"]) for k in range(300)])
+    world.send([Recall(f"z{k}", "user-1", START + 400_000 + k * 100, ["item-3"]) for k in range(300)])
+    chosen = Selection(START, START + 60_000, user)
+    setup = Setup.of(SETTINGS, FRAME)
+    capture(world.log, chosen, SETTINGS, tmp_path / "cap", Replay(world.log, chosen, setup))
+    log = CaptureLog(tmp_path / "cap")
+    every = [result.request.recall.ts for result in Replay(log, log.selection(), setup)]
+    found = resolve(log, Wanted(last_ms=30_000), LABELS, log.selection())
+    last = [result.request.recall.ts for result in Replay(log, found, setup)]
+    assert 0 < len(last) < len(every)
+    assert sorted(last) == sorted(ts for ts in every if ts >= max(every) - 30_000)
+
+
+def test_a_capture_of_no_request_is_refused_and_leaves_nothing(world: World, tmp_path: Path):
+    chosen = Selection(0, START)
+    with pytest.raises(LogError, match="no request"):
+        capture(world.log, chosen, SETTINGS, tmp_path / "cap", Replay(world.log, chosen, Setup.of(SETTINGS, FRAME)))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_capture_is_refused(world: World, tmp_path: Path):
