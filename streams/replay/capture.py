@@ -20,12 +20,14 @@ from streams.durable import sha256_hex, sync_directory
 from streams.frame import Frame
 from streams.replay.log import Entry, LogError, Span
 from streams.replay.select import Selection
-from streams.settings import Settings
+from streams.settings import LabelSettings, Settings
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 SECTIONS = ("labels", "profiles", "generator", "trainer")
 """Settings that a capture carries: those that replay works with."""
+_REACH = ("window_seconds", "allowed_lateness_seconds", "retention_seconds", "max_ahead_seconds")
+"""Label settings that say how far around its requests a capture must reach."""
 
 
 class _Line(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
@@ -147,6 +149,17 @@ class CaptureLog:
     def settings(self) -> Settings:
         """The settings that were in force where it was captured."""
         return Settings(**self.manifest.settings)
+
+    def check(self, labels: LabelSettings) -> None:
+        """Raises LogError for settings under which labels may depend on more than the capture holds."""
+        kept = self.settings().labels
+        for name in _REACH:
+            asked, held = getattr(labels, name), getattr(kept, name)
+            if asked > held:
+                raise LogError(
+                    f"labels.{name}: {asked:g} is asked for, and {self._directory} was captured under {held:g}: what "
+                    "more is needed is not in it; replay from the broker, or capture under the larger setting"
+                )
 
     def selection(self) -> Selection:
         """The requests that it was made of."""

@@ -78,6 +78,7 @@ def replay(
     """Label a range of the log again, in a group of its own, and compare with what was recorded."""
     from streams.replay import execute as running
     from streams.replay import output, preview, report
+    from streams.replay.capture import CaptureLog
     from streams.replay.log import LogError
     from streams.replay.run import Setup
     from streams.replay.select import resolve
@@ -87,6 +88,8 @@ def replay(
         wanted = _wanted(from_, to, last, offsets, user, topic)
         with open_log(config, capture) as (log, settings, held):
             asked = what_if(settings, changes or ())
+            if isinstance(log, CaptureLog):
+                log.check(asked.settings.labels)
             ahead_ms = _ahead(ahead, asked.settings)
             selection = resolve(log, wanted, asked.settings.labels, held)
             if not execute:
@@ -189,7 +192,9 @@ def open_log(config: Path | None, capture: Path | None) -> Iterator[tuple[Log, S
         if capture is not None:
             captured = CaptureLog(capture)
             # Its own settings, unless others are named: a capture replays anywhere.
-            yield captured, captured.settings() if config is None else load(config), captured.selection()
+            settings = captured.settings() if config is None else load(config)
+            captured.check(settings.labels)
+            yield captured, settings, captured.selection()
             return
         settings = load(config)
         with BrokerLog(settings.kafka, Frame.load(settings.artefacts)) as log:

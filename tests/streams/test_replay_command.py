@@ -115,6 +115,26 @@ def test_errors_of_use_are_one_message(saved: Path, arguments: list[str], code: 
     assert said in " ".join(done.output.replace("│", " ").split())
 
 
+@pytest.mark.parametrize("name", ["window", "allowed_lateness", "retention", "max_ahead"])
+def test_a_capture_answers_for_no_more_than_it_holds(saved: Path, name: str):
+    held = getattr(SETTINGS.labels, f"{name}_seconds")
+    for execute in ([], ["--execute", "--no-output"]):
+        more, less = (
+            gpl("replay", "--capture", str(saved), "--set", f"labels.{name}_seconds={value}", *execute)
+            for value in (held + 1, held - 1)
+        )
+        assert more.exit_code == 1 and less.exit_code == 0, (more.output, less.output)
+        assert f"labels.{name}_seconds: {held + 1:g} is asked for" in more.output
+        assert f"captured under {held:g}" in more.output
+
+
+def test_settings_that_need_more_than_a_capture_holds_are_refused(saved: Path):
+    Path("wide.toml").write_text("[labels]\nwindow_seconds = 60\n")
+    for command in (["replay"], ["replay", "--set", "window=5"], ["explain", "r1", "item-1"]):
+        done = gpl(*command, "--capture", str(saved), "--config", "wide.toml")
+        assert done.exit_code == 1 and "labels.window_seconds: 60 is asked for" in done.output
+
+
 def test_a_directory_that_is_no_capture_is_refused(tmp_path: Path):
     done = gpl("replay", "--capture", str(tmp_path))
     assert done.exit_code == 1 and "no capture there" in done.output
