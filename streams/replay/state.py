@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,7 +20,7 @@ from streams.contracts import Calibration, ItemVector, UserAnchors, decode
 from streams.frame import Frame
 from streams.labels.record import AnchorSet, anchor_set
 from streams.replay.log import Entry, Log
-from streams.views import AsOf, CatalogueView, vectors_from
+from streams.views import AsOf, CatalogueView, calibration_of, vectors_from
 
 Vector = NDArray[np.float32]
 _PREPARED = 4096
@@ -71,7 +70,7 @@ class AnchorHistory:
         try:
             record = decode(UserAnchors, entry.value)
             anchor_set(record, self._frame.dim, self._frame.levels, labeller.Config())
-        except ValueError:  # the labels role passes it over too
+        except (ValueError, OverflowError):  # the labels role passes it over too
             self.unreadable += 1
             return
         if user is None or record.user_id == user:
@@ -134,7 +133,8 @@ class Calibrations:
                     continue
                 try:
                     calibration = decode(Calibration, entry.value)
-                except msgspec.DecodeError:
+                    calibration_of(calibration)
+                except (ValueError, OverflowError):  # the labels role passes it over too
                     continue
                 self._by_time.put(calibration.ts, calibration)
                 self.by_version[calibration.version] = calibration
@@ -180,10 +180,10 @@ class Items:
                 if (item.encoder, item.quantiser) != (frame.encoder, frame.quantiser):
                     view.foreign += 1
                     return
-                item_id, vector = item.item_id, vectors_from(item.vector, frame.dim)[0]
+                item_id, vector = item.item_id, next(iter(vectors_from(item.vector, frame.dim)), None)
             before = self.catalogue.lookup([item_id])[1]
-            view(entry)
-        except ValueError:
+            view(entry)  # refuses a vector that is none
+        except (ValueError, OverflowError):  # the labels role passes it over too
             return
         if len(before) == 0 if vector is None else (len(before) > 0 and np.array_equal(before[0], vector)):
             return  # nothing changed

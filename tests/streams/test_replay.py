@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streams.contracts import Calibration, Feedback, Label, Recall, decode, encode
+from streams.contracts import Calibration, Feedback, ItemVector, Label, Recall, decode, encode
 from streams.labels.joiner import Joiner, Source
 from streams.replay.join import Requests
 from streams.replay.log import LogError
@@ -259,6 +259,20 @@ def test_calibrations_and_item_vectors_are_those_of_the_log():
     assert [labels[name].provenance.calibration for name in ("r0", "r1")] == ["cal-1", "cal-2"]
     assert labels["r0"].unexposed.item == ["item-1"]
     assert labels["r0"].provenance.unknown == 1
+
+
+def test_state_that_production_passes_over_is_passed_over():
+    world, sound = World(11, users=1), World(11, users=1)
+    for each in (world, sound):
+        each.send([Recall("r", "user-0", START + 1_000, ["item-0", "item-1", "item-x"])])
+    world.put_calibration(Calibration("cal-2", 5, "isotonic", scores=[0.1, 0.2], labels=[0.5]))
+    for item in ("item-0", "item-x"):
+        record = ItemVector(item, b"", [0] * FRAME.levels, "content", FRAME.encoder, FRAME.quantiser)
+        world.log.put("item-vectors", item, encode(record))
+    assert said(run(world.log)) == said(run(sound.log))
+    replay = Replay(world.log, EVERYTHING, Setup.of(SETTINGS, FRAME))
+    assert list(replay.calibrations.by_version) == ["cal-1"]
+    assert len(replay.items.versions("item-0")) == 1 and not replay.items.versions("item-x")
 
 
 # --- what a range may be said as -------------------------------------------------------------------------------------
