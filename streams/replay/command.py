@@ -101,6 +101,7 @@ def replay(
                 _out.print(Text(report.selection_text(selection)), report.preview_table(seen))
                 _out.print("\nNothing was run. --execute runs it.", style="bold")
                 return
+            _make_room(html)
             outputs: list[output.Output] = []
             if output_prefix is not None:
                 outputs.append(output.Topic(settings.kafka, output_prefix, len(log.partitions("recalls"))))
@@ -167,6 +168,12 @@ def _wanted(
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+
+
+def _make_room(page: Path | None) -> None:
+    """Make the directory of a page before the work begins: what can fail late must not."""
+    if page is not None:
+        page.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _ahead(ahead: str | None, settings: Settings) -> int:
@@ -245,13 +252,14 @@ def explain(
             since = None if from_ is None else moment_ms(from_)
         except ValueError as error:
             raise typer.BadParameter(str(error), param_hint="--from") from None
+        _make_room(html)
         found = find(log, request_id, Hints(user, since, int(settings.labels.max_ahead_seconds * 1000)))
         if found is None:
             raise LogError(f"request {request_id!r}: neither its recall nor a label of it is on the log")
         story = story_of(log, settings, found, item_id)
-        if html is not None:
-            html.write_text(tell.html(story), encoding="utf-8")
         if as_json:
             typer.echo(json.dumps(story, indent=2))
         else:
             _out.print(tell.table(story))
+        if html is not None:
+            html.write_text(tell.html(story), encoding="utf-8")

@@ -135,6 +135,21 @@ def test_settings_that_need_more_than_a_capture_holds_are_refused(saved: Path):
         assert done.exit_code == 1 and "labels.window_seconds: 60 is asked for" in done.output
 
 
+@pytest.mark.parametrize("command", [["replay", "--execute", "--compare", "--no-output"], ["explain", "r1", "item-1"]])
+def test_a_page_goes_into_a_new_directory_and_costs_the_result_never(saved: Path, command: list[str]):
+    done = gpl(*command, "--capture", str(saved), "--html", "new/deep/page.html")
+    assert done.exit_code == 0, done.output
+    assert Path("new/deep/page.html").read_text().startswith("<!doctype html>")
+    Path("taken").mkdir()
+    failed = gpl(*command, "--capture", str(saved), "--html", "taken")
+    assert failed.exit_code == 1 and "error:" in failed.output
+    assert "item-3" in failed.output or "item item-1" in failed.output  # the result was told
+    Path("file").write_text("")
+    early = gpl(*command, "--capture", str(saved), "--html", "file/page.html")
+    assert early.exit_code == 1
+    assert "item-3" not in early.output and "item item-1" not in early.output  # nothing was begun
+
+
 def test_a_directory_that_is_no_capture_is_refused(tmp_path: Path):
     done = gpl("replay", "--capture", str(tmp_path))
     assert done.exit_code == 1 and "no capture there" in done.output
