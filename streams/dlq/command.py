@@ -25,8 +25,9 @@ from streams.settings import KafkaSettings
 from streams.topics import TOPICS, full_name
 
 app = typer.Typer(no_args_is_help=True, help="Look at the dead letters, and send them back where they came from.")
-_out = Console(highlight=False, soft_wrap=True)
-_err = Console(stderr=True, highlight=False, soft_wrap=True)
+# Words of the data are never markup.
+_out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+_err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
@@ -93,10 +94,10 @@ def show(
         return
     for letter in letters:
         for name, value in row(letter, redriven=known[letter.id].redriven).items():
-            _out.print(f"{name:>10}  {value}", markup=False)
+            _out.print(f"{name:>10}  {value}")
         for name, header in letter.original.headers:
-            _out.print(f"{'header':>10}  {name}: {text(header)}", markup=False)
-        _out.print(body(letter.original.value, hexadecimal), markup=False)
+            _out.print(f"{'header':>10}  {name}: {text(header)}")
+        _out.print(body(letter.original.value, hexadecimal))
 
 
 @app.command()
@@ -173,7 +174,10 @@ def _millis(option: str, given: str | None, now: datetime) -> int | None:
     if given is None:
         return None
     if ago := re.fullmatch(r"(\d+)([smhd])", given):
-        at = now - timedelta(seconds=int(ago[1]) * _UNITS[ago[2]])
+        try:
+            at = now - timedelta(seconds=int(ago[1]) * _UNITS[ago[2]])
+        except (OverflowError, ValueError):  # ValueError: int() of thousands of digits
+            raise typer.BadParameter(f"{given[:40]!r} is before the first year", param_hint=option) from None
     else:
         try:
             at = datetime.fromisoformat(given)
@@ -190,5 +194,5 @@ def _clear_errors() -> Iterator[None]:
     try:
         yield
     except (TopicMissingError, NowhereError, KafkaError) as error:
-        _err.print(f"error: {error or type(error).__name__}", markup=False, style="red")
+        _err.print(f"error: {error or type(error).__name__}", style="red")
         raise typer.Exit(1) from None

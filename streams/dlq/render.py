@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from streams.dlq.letters import Letter
 
@@ -34,7 +35,7 @@ def count_table(letters: list[Letter]) -> Table | str:
         return "no dead letters"
     table = Table("topic", "reason", "letters", "sent back")
     for (topic, reason), (n, done) in counts(letters).items():
-        table.add_row(topic, reason, str(n), str(done))
+        table.add_row(Text(topic), Text(reason), str(n), str(done))
     return table
 
 
@@ -69,13 +70,15 @@ def text(data: bytes | None) -> str | None:
 
 
 def body(value: bytes | None, hexadecimal: bool) -> str:
-    """A value as indented JSON where it is that, else as a hex dump."""
+    """A value as indented JSON where it is that and can be printed, else as a hex dump."""
     if value is None:
         return "null"
     if not hexadecimal:
         try:
-            return json.dumps(json.loads(value), indent=2, ensure_ascii=False)
-        except ValueError:
+            shown = json.dumps(json.loads(value), indent=2, ensure_ascii=False)
+            shown.encode()  # lone surrogates are JSON, and cannot be printed
+            return shown
+        except (ValueError, RecursionError):
             pass
     rows = []
     for at in range(0, len(value), 16):

@@ -43,7 +43,8 @@ AheadOption = Annotated[
     ),
 ]
 CaptureOption = Annotated[Path | None, typer.Option("--capture", help="read a capture instead of a broker")]
-_out = Console(highlight=False, soft_wrap=True)
+# Words of the data are never markup.
+_out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def replay(

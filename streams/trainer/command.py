@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 # torch comes with the models: it is imported where it is needed, so that `gpl --help` is quick.
 
 app = typer.Typer(no_args_is_help=True, help="Published models: what there is, what serves, and putting it right.")
-# Piped into a file or a pager the tables keep their width.
-_out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
-_err = Console(stderr=True, highlight=False, soft_wrap=True)
+# Piped into a file or a pager the tables keep their width. Words of the data are never markup.
+_out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200, markup=False, emoji=False)
+_err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
 Version = Annotated[str, typer.Argument(metavar="VERSION", help="As `gpl models list` names it, or its number.")]
@@ -359,5 +359,5 @@ def _clear_errors() -> Iterator[None]:
         ImportError,
     ) as error:
         name = "" if str(error) else type(error).__name__
-        _err.print(f"error: {name}{error}", markup=False)
+        _err.print(f"error: {name}{error}")
         raise typer.Exit(1) from error

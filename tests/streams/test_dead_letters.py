@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.table import Table
+from typer.testing import CliRunner
 
 from streams import dead_letters
 from streams.dead_letters import Guard, Halted, Original, Refused
-from streams.dlq.letters import Filter, letter_of
+from streams.dlq import command
+from streams.dlq.letters import Filter, Letter, letter_of
 from streams.dlq.redrive import headers_of, plan
+from streams.replay import command as replay_command
 from streams.settings import DeadLetterSettings
+from streams.trainer import command as trainer_command
 
 maybe_bytes = st.none() | st.binary(max_size=20)
 header_lists = st.lists(st.tuples(st.text(max_size=10) | st.just("gpl-topic"), maybe_bytes), max_size=5)
@@ -134,3 +139,61 @@ def test_halting_says_which_cap_and_which_record():
     guard.refused("gpl.recalls", 4, 10, ValueError("x"))
     with pytest.raises(Halted, match=r"max_consecutive.*gpl\.recalls, partition 4, offset 11: ts: soon"):
         guard.refused("gpl.recalls", 4, 11, ValueError("ts: soon"))
+
+
+# --- the commands ----------------------------------------------------------------------------------------------------
+
+
+def dlq(monkeypatch: pytest.MonkeyPatch, value: bytes, *arguments: str, message: str = "bad") -> tuple[int, str]:
+    """Exit status and output of ``gpl dlq`` where this is the only letter."""
+    found = letter_of(record(Original("gpl.recalls", 0, 1, 0, b"k", value, ()), Refused("[/r]", message)))
+
+    def letters(*_: object) -> list[Letter]:
+        assert found is not None
+        return [found]
+
+    monkeypatch.setattr(command, "index", letters)
+    monkeypatch.setattr(command, "whole", letters)
+    done = CliRunner().invoke(command.app, list(arguments), env={"COLUMNS": "300"})
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.exit_code, done.output
+
+
+@pytest.mark.parametrize("message", ["key is '[/b]x'", "[red]x", "shop:key:12"])
+def test_messages_are_listed_as_they_are(monkeypatch: pytest.MonkeyPatch, message: str):
+    code, output = dlq(monkeypatch, b"{}", "list", message=message)
+    assert code == 0 and message in output and output.count("[/r]") == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (b'{"u": "shop:key:12"}', '"u": "shop:key:12"'),
+        (b'{"u": "[red]x[/b]"}', '"u": "[red]x[/b]"'),
+        (b'{"u": "\\ud800"}', '|{"u": "\\ud800"}|'),
+        (b"[" * 1_500 + b"]" * 1_500, "|[[[[[[[[[[[[[[[[|"),
+        (b"[" * 200_000, "|[[[[[[[[[[[[[[[[|"),
+        ('{"u": "café"}'.encode(), '"u": "café"'),
+    ],
+    ids=["emoji", "markup", "surrogate", "nested", "nested deeper", "letters"],
+)
+def test_every_value_is_shown(monkeypatch: pytest.MonkeyPatch, value: bytes, shown: str):
+    code, output = dlq(monkeypatch, value, "show", "7")
+    assert code == 0 and shown in output
+
+
+@pytest.mark.parametrize("ago", ["99999999999d", "999999d", "9" * 5_000 + "s"])
+def test_a_time_before_the_first_year_is_refused(monkeypatch: pytest.MonkeyPatch, ago: str):
+    code, output = dlq(monkeypatch, b"{}", "list", "--since", ago)
+    assert code == 2 and "before the first year" in output and "--since" in output
+
+
+@pytest.mark.parametrize("module", [command, replay_command, trainer_command], ids=["dlq", "replay", "models"])
+def test_consoles_show_words_of_the_data_as_they_are(module: ModuleType):
+    table = Table()
+    table.add_row("[/b] :key:")
+    for console in (getattr(module, name) for name in ("_out", "_err") if hasattr(module, name)):
+        with console.capture() as shown:
+            console.print("[/a] :smile:")
+            console.print(table)
+        assert "[/a] :smile:" in shown.get() and "[/b] :key:" in shown.get()
