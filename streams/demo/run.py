@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from streams import topics
 from streams.broker.local import LocalBroker
@@ -100,7 +101,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     )
     document = report.write(place.directory, known, outcome, figures.read(place.journal))
     console.print(report.table(document))
-    console.print(f"\nreport: {options.directory / 'report.html'} and report.json beside it", highlight=False)
+    console.print(Text(f"\nreport: {options.directory / 'report.html'} and report.json beside it"))
     return document
 
 

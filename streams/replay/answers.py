@@ -41,7 +41,7 @@ def refreshes_table(said: dict[str, Any]) -> RenderableType:
         table.add_column(name, justify="left" if name == "refreshes" else "right", header_style="dim")
     sides = ("recorded", "in_force", "asked")
     for reason in sorted({reason for side in sides for reason in said[side]}):
-        table.add_row(reason, *(f"{said[side].get(reason, 0):,}" for side in sides))
+        table.add_row(Text(reason), *(f"{said[side].get(reason, 0):,}" for side in sides))
     table.add_row("all", *(f"{sum(said[side].values()):,}" for side in sides))
     lines = [
         f"{said['more']:,} more and {said['fewer']:,} fewer, of {said['users_changed']:,} users; "

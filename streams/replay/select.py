@@ -102,7 +102,7 @@ def merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 def duration_ms(text: str) -> int:
     """ "90s", "15m", "2h", "1d", "1w", "250ms", or seconds. Raises ValueError."""
     match = _DURATION.fullmatch(text.strip())
-    if match is None:
+    if match is None or len(match[1]) > 15:
         raise ValueError(f"{text!r} is no duration; 90s, 15m, 2h, 1d, 1w or a number of seconds")
     return int(float(match[1]) * _UNITS[match[2] or "s"])
 

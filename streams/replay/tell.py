@@ -58,9 +58,10 @@ def _facts(story: dict[str, Any]) -> RenderableType:
     if recall is None:
         facts.add_row("recall", "expired from the log")
     else:
-        facts.add_row("recall", f"{recall['time']}, user {recall['user_id']}, {recall['candidates']:,} candidates")
+        about = f"{recall['time']}, user {recall['user_id']}, {recall['candidates']:,} candidates"
+        facts.add_row("recall", Text(about))
         place = "not among them" if recall["place"] is None else f"candidate {recall['place']:,}"
-        facts.add_row("place", place + (f", from {recall['source']}" if recall["source"] else ""))
+        facts.add_row("place", Text(place + (f", from {recall['source']}" if recall["source"] else "")))
         facts.add_row("window", f"{duration_text(recall['window_seconds'])}, until {recall['window_ends']}")
         facts.add_row("recall's origin", f"partition {recall['partition']}, offset {recall['offset']:,}")
     if story["label_record"] is not None:
@@ -129,7 +130,7 @@ def _calculation(story: dict[str, Any]) -> RenderableType | None:
         lines.add_row("label", f"{steps['label']:.0f}", "the click; the score is carried for calibration")
         return lines
     said = steps["calibration"]
-    lines.add_row("label", f"{steps['label']:.6f}", f"{said['formula']}, calibration {said['version']}")
+    lines.add_row("label", f"{steps['label']:.6f}", Text(f"{said['formula']}, calibration {said['version']}"))
     for name, factor in steps["factors"].items():
         lines.add_row(name, f"{factor['value']:.6f}", "" if factor["used"] else "off: left out")
     lines.add_row("confidence", f"{steps['confidence']:.6f}", "the geometric mean of those in force")
@@ -147,7 +148,9 @@ def _sides(story: dict[str, Any]) -> RenderableType:
         revision = f"revision {side['revision']}" if name == "recorded" else ""
         if side["correction"]:
             revision += f" (corrected: {side['correction']})"
-        sides.add_row(name, revision, side["outcome"], value_text(side["item"]) if side["item"] else "no label")
+        sides.add_row(
+            name, Text(revision), Text(side["outcome"]), value_text(side["item"]) if side["item"] else "no label"
+        )
     lines: list[RenderableType] = [sides]
     for cause, text in story["verdict"]["causes"].items():
         lines.append(Text(f"{cause}: {text}", style="yellow"))

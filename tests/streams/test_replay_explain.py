@@ -42,6 +42,18 @@ def story(world: World, label: Label | str, item: str, settings: Any = SETTINGS)
     return told
 
 
+def test_names_that_look_like_markup_are_told_as_they_are(world: World):
+    recall = Recall("r[/r]", "user[/u]", START + 90_000, ["item-1", "item-2"], sources=["[ann]", "shop:key:1"])
+    world.send([recall])
+    for item, source in (("item-1", "[ann]"), ("item-2", "shop:key:1")):
+        found = find(world.log, recall.request_id, Hints())
+        assert found is not None
+        console = Console(width=140)
+        with console.capture() as shown:
+            console.print(table(explain(world.log, SETTINGS, found, item)))
+        assert "user user[/u]" in shown.get() and f"from {source}" in shown.get()
+
+
 @pytest.mark.parametrize("settings", [SETTINGS, KERNEL], ids=["max", "kernel"])
 def test_the_steps_give_the_recorded_label(world: World, settings: Any):
     label = next(one for one in world.record(settings) if one.unexposed.item)
