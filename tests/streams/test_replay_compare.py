@@ -336,6 +336,20 @@ def test_the_last_minute_of_a_capture_of_an_older_range_counts_from_its_newest_r
     assert sorted(last) == sorted(ts for ts in every if ts >= max(every) - 30_000)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("window_seconds", 1), ("allowed_lateness_seconds", 0), ("retention_seconds", 5)]
+)
+def test_a_capture_answers_smaller_settings_as_its_log_does(world: World, tmp_path: Path, name: str, value: float):
+    chosen = Selection(START + 20_000, START + 60_000)
+    capture(world.log, chosen, SETTINGS, tmp_path / "cap", Replay(world.log, chosen, Setup.of(SETTINGS, FRAME)))
+    log = CaptureLog(tmp_path / "cap")
+    smaller = LABELS.model_copy(update={name: value})
+    log.check(smaller)
+    setup = Setup.of(SETTINGS.model_copy(update={"labels": smaller}), FRAME)
+    labels, expected = ([result.label for result in Replay(one, chosen, setup)] for one in (log, world.log))
+    assert labels == expected and len(labels) > 10
+
+
 def test_a_capture_of_no_request_is_refused_and_leaves_nothing(world: World, tmp_path: Path):
     chosen = Selection(0, START)
     with pytest.raises(LogError, match="no request"):
