@@ -80,6 +80,16 @@ def kafka(kafka_jars: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield broker
 
 
+@pytest.fixture(autouse=True)
+def _no_configuration_of_others() -> Iterator[None]:
+    """Loading names the file in the environment, for child processes; the next test shall not find it there."""
+    before = os.environ.pop("GPL_CONFIG", None)
+    yield
+    os.environ.pop("GPL_CONFIG", None)
+    if before is not None:
+        os.environ["GPL_CONFIG"] = before
+
+
 @pytest.fixture
 def kafka_settings(kafka: ApacheKafka) -> Iterator[KafkaSettings]:
     """Settings of a test's own on that broker: its prefixes, three partitions, all topics created."""
