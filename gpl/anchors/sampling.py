@@ -12,11 +12,11 @@ IntArray = NDArray[np.int32]
 
 
 def keep_probabilities(sequences: Sequence[IntArray], threshold: float) -> list[NDArray[np.float64]]:
-    """Probability of keeping each item of each sequence: ``min(1, sqrt(threshold / f))``.
+    """Probability of keeping each item of each sequence: ``min(1, sqrt(max(threshold, 1 / m) / f))``.
 
-    ``f`` is the share of the SID among all positives. Downsampling popular items by frequency is the paper's; the
-    form is word2vec's (Mikolov et al. 2013), chosen by us. Answers one (n,) array a sequence of (n, levels).
-    Raises ValueError for a threshold that is not positive.
+    ``f`` is the share of the SID among all positives, ``m`` how many SIDs these have. Downsampling popular items by
+    frequency is the paper's; the form is word2vec's (Mikolov et al. 2013), chosen by us. Answers one (n,) array a
+    sequence of (n, levels). Raises ValueError for a threshold that is not positive.
     """
     if threshold <= 0:
         raise ValueError(f"threshold: {threshold}, must be positive")
@@ -24,7 +24,8 @@ def keep_probabilities(sequences: Sequence[IntArray], threshold: float) -> list[
         return [np.zeros(0) for _ in sequences]
     _, inverse, counts = np.unique(np.concatenate(sequences), axis=0, return_inverse=True, return_counts=True)
     share = counts / counts.sum()
-    keep = np.minimum(1.0, np.sqrt(threshold / share))[inverse.ravel()]
+    # Popular is more than a uniform share: with few SIDs all of them are above the threshold, and nothing was left.
+    keep = np.minimum(1.0, np.sqrt(max(threshold, 1 / len(counts)) / share))[inverse.ravel()]
     return np.split(keep, np.cumsum([len(sequence) for sequence in sequences])[:-1])
 
 

@@ -406,7 +406,15 @@ def test_keep_probability_is_its_formula(sequences, threshold):
     for sequence, probabilities in zip(sequences, kept, strict=True):
         for sid, p in zip(sequence.tolist(), probabilities, strict=True):
             share = every.count(tuple(sid)) / len(every)
-            assert abs(p - min(1.0, (threshold / share) ** 0.5)) < 1e-9
+            assert abs(p - min(1.0, (max(threshold, 1 / len(set(every))) / share) ** 0.5)) < 1e-9
+
+
+def test_sids_of_equal_shares_are_not_popular_however_few_they_are():
+    sequences = [np.array([[code, 0] for code in range(5)], np.int32)] * 4
+    assert all((kept == 1).all() for kept in keep_probabilities(sequences, 1e-3))
+    skewed = [np.array([[0, 0]] * 8 + [[1, 0]] * 2, np.int32)]
+    (kept,) = keep_probabilities(skewed, 1e-3)
+    np.testing.assert_allclose(kept, [(0.5 / 0.8) ** 0.5] * 8 + [1.0] * 2)
 
 
 @given(sequences_of_sids, st.integers(1, 5), st.booleans())
