@@ -43,13 +43,13 @@ def model_path(name: str) -> str:
     return str(_smollm2()) if name == SMOLLM2 else name
 
 
-def checksum(backbone: torch.nn.Module) -> str:
-    """SHA-256 of names, types and values of all weights: what adapters were trained on and are valid for."""
+def checksum(network: torch.nn.Module) -> str:
+    """SHA-256 of names, types and values of all weights; of a base model: what its adapters are valid for."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(backbone.state_dict().items()):
+    for name, tensor in sorted(network.state_dict().items()):
         values = tensor.detach().cpu().contiguous()
         digest.update(repr((name, str(values.dtype), tuple(values.shape))).encode())
-        digest.update(values.view(torch.uint8).numpy())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

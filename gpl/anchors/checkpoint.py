@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gpl.anchors.base_models import checksum
 from gpl.anchors.sampling import IntArray
 
 _ADAM = ("exp_avg", "exp_avg_sq")
@@ -101,15 +102,15 @@ class TrainingState:
 
 
 def fingerprint(
+    network: torch.nn.Module,
+    settings: dict[str, Any],
     sequences: Sequence[IntArray],
-    history: int,
-    schedule: dict[str, Any],
-    seed: int,
-    parameters: dict[str, torch.nn.Parameter],
+    validation: Sequence[IntArray],
 ) -> str:
-    """Hash of all that a training depends on: data, schedule, seed, and the names and shapes of what is trained."""
-    shapes = {name: list(p.shape) for name, p in parameters.items()}
-    digest = hashlib.sha256(json.dumps([history, schedule, seed, shapes], sort_keys=True).encode())
-    for sequence in sequences:
+    """Hash of all that a training depends on: the weights it begins with (frozen ones too), its settings, its data."""
+    trained = [name for name, p in network.named_parameters() if p.requires_grad]
+    described = [checksum(network), trained, settings, len(sequences)]
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
+    for sequence in (*sequences, *validation):
         digest.update(len(sequence).to_bytes(8, "little") + sequence.astype("<i4").tobytes())
     return digest.hexdigest()

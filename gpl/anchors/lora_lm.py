@@ -128,8 +128,8 @@ class LoraLM:
 
         ``texts``: items' texts and SIDs (levels,); codes then begin near what the LM knows of these words.
         ``resume``: where an interrupted call left its state. The same arguments give the same weights on one machine's
-        CPU with one thread count; on CUDA they may differ by rounding. Raises ValueError without a sequence, and for
-        SIDs that do not fit; BaseModelMissingError where peft or the base model is not installed.
+        CPU with one thread count; on CUDA they may differ by rounding. Raises ValueError without a sequence, for SIDs
+        that do not fit, and where training diverges; BaseModelMissingError where peft or the base model is missing.
         """
         if not any(map(len, sequences)):
             raise ValueError("sequences: no items to train on")
@@ -157,6 +157,7 @@ class LoraLM:
                 seed,
                 on_progress,
                 resume,
+                {"alpha": config.alpha, "dropout": config.dropout, "backbone": backbone.config.to_dict()},
             )
         trained = {name: p.detach().cpu().contiguous() for name, p in network.named_parameters() if p.requires_grad}
         _merge(network)

@@ -104,7 +104,7 @@ class SmallLM:
 
         ``resume``: where an interrupted call left its state, see `gpl.anchors.training.train`. The same arguments give
         the same weights on one machine's CPU with one thread count; on CUDA they may differ by rounding. Raises
-        ValueError without a sequence, and for SIDs that do not fit.
+        ValueError without a sequence, for SIDs that do not fit, and where training diverges.
         """
         if not any(map(len, sequences)):
             raise ValueError("sequences: no items to train on")
@@ -125,7 +125,16 @@ class SmallLM:
                 return F.cross_entropy(scores.flatten(0, 2), targets.flatten(), ignore_index=PADDING, reduction="sum")
 
             losses = train(
-                model, likelihood, config.history, sequences, validation, config.schedule, seed, on_progress, resume
+                model,
+                likelihood,
+                config.history,
+                sequences,
+                validation,
+                config.schedule,
+                seed,
+                on_progress,
+                resume,
+                {"heads": config.heads, "dropout": config.dropout},
             )
         return cls(model.cpu(), config.decoding, losses)
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,6 +68,7 @@ def train(
     seed: int,
     on_progress: Progress | None = None,
     resume: Resume | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> list[float]:
     """Fit those parameters of ``network`` that ask for gradients, in place, on their device.
 
@@ -75,7 +77,10 @@ def train(
     run and the answer is empty. Dropout draws from torch's global generator, which the caller seeds.
 
     With ``resume`` an interrupted call is taken up where its state was written last, and ends with the very weights
-    of one that was not interrupted. A state of other data, another seed or schedule is passed over.
+    of one that was not interrupted. A state of other data, first weights, seed, schedule or ``settings`` is passed
+    over; ``settings``: what else the network computes by, that its weights do not tell (dropout, say).
+
+    Raises ValueError where the loss is no longer finite; what was written before stays.
     """
     rng = np.random.default_rng(seed)
     keep = keep_probabilities(sequences, schedule.downsample_threshold)
@@ -91,8 +96,10 @@ def train(
         parameters.values(), lr=schedule.learning_rate, betas=_BETAS, weight_decay=schedule.weight_decay
     )
     state = TrainingState(parameters, optimiser)
-    identity = fingerprint([*sequences, *validation], history, asdict(schedule), seed, parameters)
+    identity = ""
     if resume is not None:
+        everything = {"history": history, "schedule": asdict(schedule), "seed": seed, "network": settings}
+        identity = fingerprint(network, everything, sequences, validation)
         state.load(resume.path, identity)
     while state.epoch < schedule.epochs and not _stalled(state.losses, schedule.patience):
         network.train()
@@ -102,9 +109,11 @@ def train(
             for group in optimiser.param_groups:
                 group["lr"] = schedule.learning_rate * _rate(state.step, total)
             loss = likelihood(batch) / sum(map(len, batch))
+            _check_finite("loss", loss.item(), state.step + 1, schedule)
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(parameters.values(), _CLIP)
+            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), _CLIP)
+            _check_finite("gradient norm", norm.item(), state.step + 1, schedule)
             optimiser.step()
             state.batch, state.step = state.batch + 1, state.step + 1
             if on_progress is not None:
@@ -112,7 +121,9 @@ def train(
             if resume is not None and state.step % resume.every == 0 and state.batch < len(epoch):
                 state.save(resume.path, identity)
         if held_out:
-            state.end_epoch(_evaluate(network, likelihood, held_out))
+            validation_loss = _evaluate(network, likelihood, held_out)
+            _check_finite("validation loss", validation_loss, state.step, schedule)
+            state.end_epoch(validation_loss)
         else:
             state.end_epoch(None)
         if resume is not None:
@@ -120,6 +131,13 @@ def train(
     state.restore_best()
     network.eval()
     return state.losses
+
+
+def _check_finite(name: str, value: float, step: int, schedule: Schedule) -> None:
+    if not math.isfinite(value):
+        raise ValueError(
+            f"training diverged: {name} {value} at step {step}; lower learning_rate, it is {schedule.learning_rate:g}"
+        )
 
 
 def padded(cut: Sequence[IntArray], levels: int) -> Tensor:

@@ -18,7 +18,7 @@ from gpl.anchors.history import HistoryClusters
 from gpl.anchors.mixed import MixedGenerator
 from gpl.anchors.sampling import batches, keep_probabilities, thin, windows
 from gpl.anchors.small_lm import SmallLM, SmallLMConfig
-from gpl.anchors.training import Resume, Schedule
+from gpl.anchors.training import Resume, Schedule, train
 from gpl.anchors.transformer import Shape, SidTransformer
 from gpl.codes.centroids import SidCentroids
 from gpl.codes.trie import SidTrie
@@ -224,6 +224,43 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path: Path, kil
     resume.path.write_bytes(resume.path.read_bytes()[:50])
     with pytest.raises(ValueError, match=r"state\.safetensors"):
         SmallLM.train(*data, LEVELS, SIZE, config, seed=1, resume=resume)
+
+
+@pytest.mark.parametrize("changed", ["heads", "dropout", "split"])
+def test_the_state_of_another_training_is_passed_over(tmp_path: Path, changed: str):
+    schedule = Schedule(epochs=2, batch_items=100, downsample_threshold=1.0)
+    config = SmallLMConfig(dim=16, schedule=schedule)
+    sequences, validation = cycle_sequences(20, 0), cycle_sequences(4, 1)
+    resume = Resume(tmp_path / "state.safetensors", every=2)
+    SmallLM.train(sequences, validation, LEVELS, SIZE, config, 0, resume=resume)
+    if changed == "heads":
+        config = SmallLMConfig(dim=16, heads=4, schedule=schedule)
+    elif changed == "dropout":
+        config = SmallLMConfig(dim=16, dropout=0.3, schedule=schedule)
+    else:
+        sequences, validation = sequences[:-2], [*sequences[-2:], *validation]
+    steps: list[int] = []
+    SmallLM.train(
+        sequences, validation, LEVELS, SIZE, config, 0, on_progress=lambda step, *_: steps.append(step), resume=resume
+    )
+    assert steps[:1] == [1]
+
+
+@pytest.mark.parametrize(
+    ("broken", "named"), [(True, "loss nan at step 1;"), (False, "validation loss nan at step 3;")]
+)
+def test_training_that_diverges_is_refused_and_leaves_no_state(tmp_path: Path, broken: bool, named: str):
+    network = torch.nn.Linear(1, 1)
+
+    def likelihood(cut: list[np.ndarray]) -> torch.Tensor:
+        loss = network(torch.ones(1)).sum() ** 2
+        return loss * torch.nan if network.training == broken else loss
+
+    resume = Resume(tmp_path / "state.safetensors", every=1000)
+    data = cycle_sequences(20, 0), cycle_sequences(4, 1)
+    with pytest.raises(ValueError, match=f"diverged: {named} lower learning_rate"):
+        train(network, likelihood, 12, *data, Schedule(batch_items=100, downsample_threshold=1.0), 0, resume=resume)
+    assert not resume.path.exists()
 
 
 def test_sids_and_tries_that_do_not_fit_are_refused(cycle_lm: SmallLM):

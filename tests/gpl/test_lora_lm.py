@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -194,6 +195,13 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(base: str, tmp_path
     resumed = LoraLM.train(*arguments, on_progress=lambda step, *_: steps.append(step), resume=resume)
     assert steps[0] > 1
     assert resumed.version == straight.version
+    # Of another base model, or another alpha, the state is passed over.
+    tiny_llama(1).save_pretrained(tmp_path / "other")
+    for changes in ({"base": str(tmp_path / "other")}, {"alpha": 8}):
+        steps.clear()
+        changed = (*arguments[:4], replace(settings, **changes), *arguments[5:])
+        LoraLM.train(*changed, on_progress=lambda step, *_: steps.append(step), resume=resume)
+        assert steps[0] == 1
 
 
 def test_codes_begin_where_the_words_of_their_items_are():
