@@ -1,6 +1,9 @@
+import sqlite3
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from threading import Timer
 
 import numpy as np
 import pytest
@@ -204,6 +207,18 @@ for start in range(0, 200, 10):
     keys = {f"{who} {i}": i for who in ("one", "two", "three", "both") for i in range(200)}
     found = cache.get([cache.key(text) for text in keys])
     assert all((found[cache.key(text)] == i).all() for text, i in keys.items())
+
+
+def test_a_new_cache_waits_for_the_process_that_is_making_it(tmp_path):
+    cache = EmbeddingCache(tmp_path, NAME)
+    # What SQLite does not wait for by itself: another one is about to write, and the log is not yet write-ahead.
+    with closing(sqlite3.connect(cache.path, isolation_level=None, check_same_thread=False)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        done = Timer(0.2, other.execute, ["COMMIT"])
+        done.start()
+        cache.put({cache.key("a"): np.ones(4, np.float32)})
+        done.join()
+    assert cache.dim() == 4
 
 
 def test_a_damaged_cache_is_named(tmp_path):
