@@ -21,6 +21,16 @@ class ItemContent:
     embedding: Sequence[float] | None = None
 
 
+def rows_by_id(items: Sequence[ItemContent]) -> dict[str, int]:
+    """Position of each item by its id. Raises ValueError naming an id that comes twice, and where."""
+    row_of: dict[str, int] = {}
+    for row, item in enumerate(items):
+        first = row_of.setdefault(item.item_id, row)
+        if first != row:
+            raise ValueError(f"item {item.item_id!r}: its id comes twice, items[{first}] and items[{row}]")
+    return row_of
+
+
 class _Rows(dict[str, int]):
     """Row of each item id; -1 for one that is not there, and it stays not there."""
 

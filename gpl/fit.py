@@ -4,10 +4,11 @@ other: raw vectors -> space -> quantiser -> generator -> calibration."""
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ from gpl.anchors.mixed import MixedGenerator
 from gpl.anchors.small_lm import SmallLM, SmallLMConfig
 from gpl.anchors.training import Resume, Schedule
 from gpl.artefacts import Artefacts
-from gpl.catalogue import ItemContent
+from gpl.catalogue import ItemContent, rows_by_id
 from gpl.codes.centroids import SidCentroids
 from gpl.codes.quantiser import Quantiser, suggest_codebook_size, suggest_levels
 from gpl.codes.rq_kmeans import ResidualKMeans
@@ -35,6 +36,12 @@ MIN_SEQUENCES = 20
 """Users with at least two positives below which a language model is not trained."""
 MIN_CALIBRATION = 50
 """Exposures, and fewest clicks and non-clicks, below which nothing is calibrated (the classes need a tenth of it)."""
+_KINDS: dict[str, tuple[str, ...]] = {
+    "generator": (SmallLM.kind, LoraLM.kind, HistoryClusters.kind),
+    "quantiser": (ResidualKMeans.kind, ResidualVAE.kind),
+    "calibration": get_args(calibration.Kind),
+}
+_CHOSEN = ("levels", "codebook_size", "epochs")  # where None is a value
 
 
 class Event(NamedTuple):
@@ -53,6 +60,8 @@ class FitOptions:
     anchors, how many are history clusters instead (`MixedGenerator`). ``epochs`` None: what suits the generator.
     ``calibration``: its form, fitted on the exposures of ``calibration_users`` users, as ``labelling`` scores.
     ``resume``: directory where the training of a language model keeps its state, to go on after an interruption.
+
+    Raises ValueError naming the field and value that cannot be.
     """
 
     generator: Literal["small-lm", "lora-lm", "history"] = "small-lm"
@@ -72,6 +81,22 @@ class FitOptions:
     labelling: labeller.Config = field(default_factory=labeller.Config)
     resume: Path | None = None
 
+    def __post_init__(self) -> None:
+        for name, known in _KINDS.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        for name in ("levels", "codebook_size", "beams", "history", "epochs", "calibration_users"):
+            value = getattr(self, name)
+            if value is None and name in _CHOSEN:
+                continue
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: {value!r}, must be an integer of at least 1")
+        for name in ("downsample_threshold", "temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: {getattr(self, name)}, must be a positive number")
+        if not 0 <= self.history_share < 1:
+            raise ValueError(f"history_share: {self.history_share}, must be in [0, 1)")
+
 
 def fit(
     items: Sequence[ItemContent],
@@ -86,17 +111,17 @@ def fit(
     Users with too few positives for a language model get ``HistoryClusters``, and the report says so; too few or
     one-sided exposures leave ``NoCalibration``. Events of unknown items are passed over and counted in the report.
     Deterministic for a seed on one machine. Raises ValueError naming the item and field for content that cannot be
-    encoded.
+    encoded, and for an id that comes twice.
     """
     options, say = options or FitOptions(), say or (lambda _: None)
     warnings: list[str] = []
+    row_of = rows_by_id(items)
     raw = raw_vectors(items, encoder)
     space = Space.fit(PRECOMPUTED if encoder is None else encoder.name, raw)
-    vectors = space.project(raw)
+    vectors = space.project(raw, list(row_of))
     quantiser = fit_quantiser(vectors, options, seed)
     sids = quantiser.encode(vectors)
     say(f"space of {len(items):,} items, codes {quantiser.levels} x {quantiser.codebook_size} by {quantiser.kind}")
-    row_of = {item.item_id: row for row, item in enumerate(items)}
     known = [event for event in events if event.item_id in row_of]
     positives = _positives(known, row_of)
     generator, losses, unseen = _generator(items, positives, sids, quantiser, options, seed, warnings, say)
@@ -122,8 +147,8 @@ def fit(
 
 def fit_quantiser(vectors: NDArray[np.float32], options: FitOptions, seed: int) -> Quantiser:
     """The quantiser that ``options`` name, on unit vectors (n, dim)."""
-    size = options.codebook_size or suggest_codebook_size(len(vectors))
-    levels = options.levels or suggest_levels(len(vectors), size)
+    size = suggest_codebook_size(len(vectors)) if options.codebook_size is None else options.codebook_size
+    levels = suggest_levels(len(vectors), size) if options.levels is None else options.levels
     kind = ResidualVAE if options.quantiser == ResidualVAE.kind else ResidualKMeans
     return kind.fit(vectors, levels, size, seed)
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from gpl.anchors.base import Anchors, History, anchors_of
 from gpl.artefacts import Artefacts
-from gpl.catalogue import ItemContent
+from gpl.catalogue import ItemContent, rows_by_id
 from gpl.codes.centroids import SidCentroids
 from gpl.codes.trie import SidTrie
 from gpl.fit import Event
@@ -50,12 +50,13 @@ class Inspector:
         beams: int = 10,
         history: int = 50,
     ) -> None:
-        """``encoder``: that of the space; None: vectors come with the items. Raises ValueError as `raw_vectors`."""
+        """``encoder``: that of the space; None: vectors come with the items. Raises ValueError as `fit`."""
         self._artefacts, self._items = artefacts, list(items)
+        self._row_of = rows_by_id(self._items)
         self._config, self._beams, self._length = config or labeller.Config(), beams, history
-        self._vectors = artefacts.space.project(raw_vectors(self._items, encoder, artefacts.space.dim))
+        raw = raw_vectors(self._items, encoder, artefacts.space.dim)
+        self._vectors = artefacts.space.project(raw, list(self._row_of))
         self._sids = artefacts.quantiser.encode(self._vectors)
-        self._row_of = {item.item_id: row for row, item in enumerate(self._items)}
         self._trie = SidTrie(self._sids, artefacts.quantiser.codebook_size, self._vectors)
         self._centroids = SidCentroids(self._sids, self._vectors)
         self._positives: dict[str, list[Event]] = {}
@@ -231,7 +232,9 @@ class Inspector:
     def _axes(self) -> tuple[Floats, Floats, float]:
         """Mean (dim,), two principal directions (dim, 2), and the share of variance that they hold."""
         mean = self._vectors.mean(axis=0)
-        values, directions = np.linalg.eigh(np.cov((self._vectors - mean).T))
+        centred = (self._vectors - mean).astype(np.float64)
+        # Not np.cov: it makes a number of one dimension, and NaN of one item.
+        values, directions = np.linalg.eigh(centred.T @ centred)
         first = directions[:, ::-1][:, :2]
         # An eigenvector's sign is arbitrary: the largest component is made positive, so that pages compare.
         first = first * np.sign(first[np.abs(first).argmax(axis=0), range(first.shape[1])])

@@ -47,7 +47,7 @@ def raw_vectors(
     ``embedding`` of dimension ``dim``, or of the first item's where ``dim`` is None.
 
     Raises ValueError naming the item, the field and what is wrong: blank text, no embedding, another dimension,
-    a value that is not finite.
+    values that are no finite numbers, or all 0.
     """
     if encoder is not None:
         for item in items:
@@ -70,10 +70,17 @@ def _embedding(item: ItemContent) -> npt.NDArray[np.float32]:
     if item.embedding is None:
         raise ValueError(f"item {item.item_id!r}: embedding is missing, the encoder is {PRECOMPUTED!r}")
     with np.errstate(over="ignore"):  # beyond float32 becomes infinite, which is refused below
-        row = np.asarray(item.embedding, np.float32)
+        try:
+            row = np.asarray(item.embedding, np.float32)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"item {item.item_id!r}: embedding is no list of numbers: {error}") from error
     if row.ndim != 1:
         raise ValueError(f"item {item.item_id!r}: embedding has shape {row.shape}, expected one list of numbers")
     if not np.isfinite(row).all():
         at = int(np.flatnonzero(~np.isfinite(row))[0])
         raise ValueError(f"item {item.item_id!r}: embedding[{at}] is {item.embedding[at]!r}, not a finite float32")
+    if not len(row):
+        raise ValueError(f"item {item.item_id!r}: embedding is empty")
+    if not row.any():
+        raise ValueError(f"item {item.item_id!r}: embedding is all 0, it has no direction")
     return row

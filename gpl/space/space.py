@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,19 +47,20 @@ class Space:
             mean[:] = rows.mean(axis=0, dtype=np.float64)
         return cls(encoder, rows.shape[1], mean, _version(encoder, mean))
 
-    def project(self, raw: npt.ArrayLike) -> npt.NDArray[np.float32]:
+    def project(self, raw: npt.ArrayLike, item_ids: Sequence[str] | None = None) -> npt.NDArray[np.float32]:
         """Unit float32 vectors (n, dim) of raw ones (n, dim); a row's result does not depend on the others.
 
-        Raises ValueError naming the row that equals the mean, for it has no direction; also on a wrong shape or
-        values not finite.
+        Raises ValueError naming the row (by its id where there are ``item_ids``) that equals the mean, for it has no
+        direction; also on a wrong shape or values not finite.
         """
         rows = _checked(raw, self.dim)
         centred = rows.astype(np.float64) - self.mean
         length = np.sqrt(np.square(centred).sum(axis=1))
-        scale = np.sqrt(np.square(rows, dtype=np.float64).sum(axis=1)) + np.linalg.norm(self.mean)
+        scale = np.sqrt(np.square(rows, dtype=np.float64).sum(axis=1)) + np.linalg.norm(self.mean.astype(np.float64))
         none = np.flatnonzero(length <= _NOISE * scale)
         if len(none):
-            raise ValueError(f"raw[{none[0]}]: equals the mean of the catalogue, so it has no direction")
+            row = f"raw[{none[0]}]" if item_ids is None else f"item {item_ids[none[0]]!r}: its raw vector"
+            raise ValueError(f"{row} equals the mean of the catalogue, so it has no direction")
         unit: npt.NDArray[np.float32] = (centred / length[:, None]).astype(np.float32)
         return unit
 

@@ -104,6 +104,37 @@ def test_an_item_without_its_vector_is_named():
         fit([*items(), ItemContent("bad", "text only")], [], None, FAST)
 
 
+def test_an_item_that_comes_twice_or_lies_at_the_mean_is_named():
+    with pytest.raises(ValueError, match=r"item 'i3': its id comes twice, items\[3\] and items\[120\]"):
+        fit([*items(), items()[3]], [], None, FAST)
+    corners = [ItemContent(name, "", row) for name, row in (("a", [1.0, 0.0]), ("b", [0.0, 1.0]), ("c", [0.5, 0.5]))]
+    with pytest.raises(ValueError, match="item 'c': its raw vector equals the mean"):
+        fit(corners, [], None, FAST)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("generator", "large-lm"),
+        ("quantiser", "rq"),
+        ("calibration", "plat"),
+        ("levels", 0),
+        ("codebook_size", 0),
+        ("beams", 0),
+        ("history", None),
+        ("epochs", 0),
+        ("calibration_users", 0),
+        ("temperature", 0.0),
+        ("downsample_threshold", float("nan")),
+        ("history_share", 1.0),
+        ("history_share", -0.1),
+    ],
+)
+def test_options_name_what_they_refuse(name: str, value: object):
+    with pytest.raises(ValueError, match=f"^{name}: {value!r},"):
+        FitOptions(**{name: value})  # type: ignore[arg-type]
+
+
 def test_artefacts_survive_the_disk(fitted: Artefacts, tmp_path: Path):
     fitted.save(tmp_path / "a")
     loaded = Artefacts.load(tmp_path / "a")

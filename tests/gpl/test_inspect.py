@@ -158,3 +158,19 @@ def test_pages_stand_alone_and_the_terminal_shows_the_same(inspector: Inspector,
         for anchor in view.anchors:
             assert "-".join(map(str, anchor.sid)) in shown
             assert "-".join(map(str, anchor.sid)) in page
+
+
+@pytest.mark.parametrize(("count", "dim"), [(1, 8), (5, 1), (2, 8)])
+def test_one_item_or_one_dimension_can_be_looked_at(count: int, dim: int):
+    rng = np.random.default_rng(0)
+    few = [ItemContent(f"i{n}", "text", rng.normal(size=dim).tolist()) for n in range(count)]
+    clicks = [Event("u", "i0", 1, True)]
+    seen = Inspector(fit(few, clicks, None), few, clicks, None)
+    assert "text" in html(seen.user("u"))
+    assert np.isfinite(seen.user("u").map.history).all()
+    assert "text" in html(seen.item("i0"))
+
+
+def test_an_item_that_comes_twice_is_named(artefacts: Artefacts):
+    with pytest.raises(ValueError, match="'i0': its id comes twice"):
+        Inspector(artefacts, [*items(), items()[0]], events(), None)

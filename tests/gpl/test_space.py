@@ -50,8 +50,10 @@ def test_projection_is_the_formula_row_by_row_and_of_unit_length(raw):
 
 def test_an_item_at_the_mean_has_no_direction_and_is_named():
     space = Space.fit("precomputed", [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
-    with pytest.raises(ValueError, match=r"raw\[1\]: equals the mean"):
+    with pytest.raises(ValueError, match=r"raw\[1\] equals the mean"):
         space.project([[1.0, 0.0], [0.5, 0.5]])
+    with pytest.raises(ValueError, match="item 'b': its raw vector equals the mean"):
+        space.project([[1.0, 0.0], [0.5, 0.5]], ["a", "b"])
 
 
 @pytest.mark.parametrize("raw", [[[0.6, 0.8]], [[3.0, 4.0]] * 5])
@@ -132,6 +134,10 @@ def test_precomputed_vectors_are_taken_as_they_are():
         ([1.0, float("nan")], r"item 'x': embedding\[1\] is nan"),
         ([1e300, 1.0], r"item 'x': embedding\[0\] is 1e\+300, not a finite float32"),
         ([[1.0, 2.0]], r"item 'x': embedding has shape \(1, 2\)"),
+        (["red", 1.0], "item 'x': embedding is no list of numbers"),
+        ([1.0, [2.0]], "item 'x': embedding is no list of numbers"),
+        ([], "item 'x': embedding is empty"),
+        ([0.0, 0.0], "item 'x': embedding is all 0"),
     ],
 )
 def test_a_bad_precomputed_vector_is_an_error_that_names_the_item(embedding, message):
