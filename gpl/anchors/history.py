@@ -106,13 +106,14 @@ def _beams(sids: IntArray, sizes: Ints) -> Beams:
 def _nearest_unseen(clusters: Ints, vectors: FloatArray, seen: IntArray, trie: SidTrie) -> Beams:
     """Each cluster's nearest SID that was not seen, the smaller one on a tie; none where all were."""
     every, places = trie.places()
-    known = set(map(tuple, seen.tolist()))
-    unseen = np.array([sid not in known for sid in map(tuple, every.tolist())], bool)
-    if not unseen.any():
+    rows = trie.rows(seen)
+    met = np.unique(rows[rows >= 0])
+    if len(met) == len(every):
         return Beams(np.zeros((0, trie.levels), np.int32), np.zeros(0, np.float32))
     sizes = np.bincount(clusters)
-    near = places[unseen] @ _sums(vectors, clusters, len(sizes)).T
-    return _beams(every[unseen][near.argmax(axis=0)], sizes)
+    near = places @ _sums(vectors, clusters, len(sizes)).T
+    near[met] = -np.inf
+    return _beams(every[near.argmax(axis=0)], sizes)
 
 
 def _sums(vectors: FloatArray, clusters: Ints, k: int) -> FloatArray:

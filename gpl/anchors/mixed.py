@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -77,10 +78,17 @@ class MixedGenerator:
 def _mix(expected: Beams, own: Beams, share: float, beams: int) -> Beams:
     if not len(own):
         return expected
-    weight: dict[tuple[int, ...], float] = {}
-    for part, factor, count in ((own, share, len(own)), (expected, 1 - share, max(1, beams - len(own)))):
-        for sid, logprob in zip(part.sids[:count].tolist(), part.logprobs[:count].tolist(), strict=True):
-            weight[tuple(sid)] = weight.get(tuple(sid), 0.0) + factor * float(np.exp(logprob))
-    ranked = sorted(weight.items(), key=lambda entry: (-entry[1], entry[0]))[:beams]
+    # In log space: of a small temperature exp would make 0 of what is only improbable.
+    found = {sid: math.log(share) + logprob for sid, logprob in _entries(own)}
+    room = max(1, beams - len(own))
+    for at, (sid, logprob) in enumerate(_entries(expected)):
+        # A SID that the history named has the language model's share too, wherever that ranks it.
+        if at < room or sid in found:
+            found[sid] = float(np.logaddexp(found.get(sid, -math.inf), math.log1p(-share) + logprob))
+    ranked = sorted(found.items(), key=lambda entry: (-entry[1], entry[0]))[:beams]
     sids = np.array([sid for sid, _ in ranked], np.int32).reshape(len(ranked), own.sids.shape[1])
-    return Beams(sids, np.log(np.array([p for _, p in ranked])).clip(max=0.0).astype(np.float32))
+    return Beams(sids, np.array([p for _, p in ranked]).clip(max=0.0).astype(np.float32))
+
+
+def _entries(beams: Beams) -> list[tuple[tuple[int, ...], float]]:
+    return list(zip(map(tuple, beams.sids.tolist()), beams.logprobs.tolist(), strict=True))

@@ -132,6 +132,13 @@ class SidTrie:
             self._places = sids, SidCentroids(self._codes, self._vectors).vectors_of(sids)
         return self._places
 
+    def rows(self, sids: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+        """Row (n,) in `places` of SIDs (n, levels), -1 where no item carries one."""
+        # Leaves are numbered as SIDs ascend.
+        leaves = self.leaves(sids).cpu().numpy()
+        found: npt.NDArray[np.int64] = np.where(leaves >= 0, leaves - self._leaves_from, -1)
+        return found
+
     def contains(self, sid: Sequence[int]) -> bool:
         """Whether some item carries the whole SID (``levels`` codes)."""
         node = self.root

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from gpl.anchors.base import Beams, History, anchors_of, load_generator
 from gpl.anchors.beam import Decoding, beam_search
 from gpl.anchors.history import HistoryClusters
-from gpl.anchors.mixed import MixedGenerator
+from gpl.anchors.mixed import MixedGenerator, _mix
 from gpl.anchors.sampling import batches, keep_probabilities, thin, windows
 from gpl.anchors.small_lm import SmallLM, SmallLMConfig
 from gpl.anchors.training import Resume, Schedule, train
@@ -397,11 +397,13 @@ def test_mixed_anchors_are_those_of_both_with_their_shares(cycle_lm: SmallLM, tm
     clusters = HistoryClusters()
     mixed = MixedGenerator(cycle_lm, clusters, 0.4)
     (found,) = mixed.generate([history], trie, 5)
-    (own,), (expected,) = clusters.generate([history], trie, 2), cycle_lm.generate([history], trie, 3)
+    (own,), (expected,) = clusters.generate([history], trie, 2), cycle_lm.generate([history], trie, 5)
+    remembered = set(map(tuple, own.sids.tolist()))
     probability: dict[tuple[int, ...], float] = {}
     for part, share in ((own, 0.4), (expected, 0.6)):
-        for sid, logprob in zip(map(tuple, part.sids.tolist()), part.logprobs, strict=True):
-            probability[sid] = probability.get(sid, 0.0) + share * float(np.exp(logprob))
+        for at, (sid, logprob) in enumerate(zip(map(tuple, part.sids.tolist()), part.logprobs, strict=True)):
+            if at < 3 or sid in remembered:
+                probability[sid] = probability.get(sid, 0.0) + share * float(np.exp(logprob))
     assert {tuple(sid) for sid in found.sids.tolist()} == set(probability)
     for sid, logprob in zip(map(tuple, found.sids.tolist()), found.logprobs, strict=True):
         assert abs(np.exp(logprob) - probability[sid]) < 1e-5
@@ -415,6 +417,16 @@ def test_mixed_anchors_are_those_of_both_with_their_shares(cycle_lm: SmallLM, tm
     np.testing.assert_array_equal(loaded.generate([history], trie, 5)[0].sids, found.sids)
     with pytest.raises(ValueError, match=r"share: 1\.0"):
         MixedGenerator(cycle_lm, clusters, 1.0)
+
+
+def test_mixing_finds_what_both_name_and_keeps_the_improbable_finite():
+    own = Beams(np.array([[2, 2], [3, 3]], np.int32), np.log(np.array([0.5, 0.5], np.float32)))
+    expected = Beams(np.array([[0, 0], [1, 1], [2, 2]], np.int32), np.log(np.array([0.4, 0.31, 0.29], np.float32)))
+    mixed = _mix(expected, own, 0.5, 3)
+    assert mixed.sids.tolist() == [[2, 2], [3, 3], [0, 0]]
+    np.testing.assert_allclose(np.exp(mixed.logprobs), [0.395, 0.25, 0.2], atol=1e-6)
+    far = Beams(np.array([[0, 0], [1, 1]], np.int32), np.array([-0.1, -800.0], np.float32))
+    assert np.isfinite(_mix(far, own, 0.3, 10).logprobs).all()
 
 
 def test_anchors_are_the_means_of_the_items_that_carry_a_sid():

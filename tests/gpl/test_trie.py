@@ -120,6 +120,7 @@ def test_leaves_are_found_and_placed_at_the_mean_of_their_items(case):
     every, places = trie.places()
     assert list(map(tuple, every.tolist())) == sorted(set(sids))
     assert (trie.leaves(every) >= 0).all()
+    np.testing.assert_array_equal(trie.rows(every[::-1]), np.arange(len(every))[::-1])
     for sid, place in zip(every.tolist(), places, strict=True):
         mean = vectors[[other == tuple(sid) for other in sids]].sum(axis=0)
         np.testing.assert_allclose(place, mean / np.linalg.norm(mean), atol=1e-4)
