@@ -43,6 +43,16 @@ def model_path(name: str) -> str:
     return str(_smollm2()) if name == SMOLLM2 else name
 
 
+def cast(backbone: Any, dtype: torch.dtype) -> Any:
+    """``backbone`` with its weights in ``dtype``, in place.
+
+    Buffers stay as they are, which ``to`` would round as well: rotary frequencies in bfloat16 put positions elsewhere.
+    """
+    for parameter in backbone.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return backbone
+
+
 def checksum(network: torch.nn.Module) -> str:
     """SHA-256 of names, types and values of all weights; of a base model: what its adapters are valid for."""
     digest = hashlib.sha256()

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpl.anchors.base import GENERATOR_FILE, Beams, History
-from gpl.anchors.base_models import SMOLLM2, BaseModelMissingError, checksum, load_backbone, model_path
+from gpl.anchors.base_models import SMOLLM2, BaseModelMissingError, cast, checksum, load_backbone, model_path
 from gpl.anchors.beam import Decoding, as_beams, beam_search, closed_nodes
 from gpl.anchors.sampling import IntArray
 from gpl.anchors.sid_causal_lm import SidCausalLM, text_codes
@@ -139,7 +139,7 @@ class LoraLM:
         device = choose_device(device)
         backbone = load_backbone(config.base)
         base = checksum(backbone)
-        backbone.to(choose_dtype(config.precision, device))
+        cast(backbone, choose_dtype(config.precision, device))
         codes = _codes_of_texts(config.base, backbone, texts, levels, codebook_size) if texts else None
         # Initialisation and dropout draw from torch's global generator: it is borrowed, and given back as it was.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -231,7 +231,7 @@ class LoraLM:
         found = checksum(backbone)
         if found != expected:
             raise ValueError(f"{path}: trained on {config.base!r} {expected[:12]}, the one installed is {found[:12]}")
-        network = SidCausalLM(backbone.to(choose_dtype(config.precision, device)), *shape)
+        network = SidCausalLM(cast(backbone, choose_dtype(config.precision, device)), *shape)
         _add_adapters(network, config)
         missing, unexpected = network.load_state_dict(trained, strict=False)
         wanted = {name for name, p in network.named_parameters() if p.requires_grad}

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from gpl.anchors.base import AnchorGenerator, History
+from gpl.anchors.base_models import cast
 from gpl.anchors.lora_lm import LoraConfig, LoraLM, Precision, choose_device, choose_dtype
 from gpl.anchors.sid_causal_lm import SidCausalLM
 from gpl.anchors.small_lm import SmallLM
@@ -89,7 +90,7 @@ def measure(
         parameters = _linear_parameters(network)
     else:
         config = LoraConfig(history=history, precision=precision, batch_users=batch_users)
-        lm = SidCausalLM(_backbone(model).to(target, dtype), LEVELS, size).to(target)
+        lm = SidCausalLM(cast(_backbone(model), dtype), LEVELS, size).to(target)
         generator = LoraLM(lm, config, "random", {})
         flops, moved = _lm_cost(lm, history, beams, batch_users, torch.finfo(dtype).bits // 8)
         parameters = _linear_parameters(lm.backbone)

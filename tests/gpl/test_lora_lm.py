@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from gpl.anchors import base_models
 from gpl.anchors.base import History, load_generator
-from gpl.anchors.base_models import BaseModelMissingError, checksum, load_backbone
+from gpl.anchors.base_models import BaseModelMissingError, cast, checksum, load_backbone
 from gpl.anchors.beam import Decoding, beam_search
 from gpl.anchors.lora_lm import LoraConfig, LoraLM
 from gpl.anchors.sid_causal_lm import SidCausalLM, text_codes
@@ -121,6 +121,17 @@ def test_an_answer_hardly_depends_on_the_others_in_the_call(lora: LoraLM):
         (alone,) = lora.generate([history], trie, 4)
         np.testing.assert_array_equal(alone.sids, answer.sids)
         np.testing.assert_allclose(alone.logprobs, answer.logprobs, atol=1e-4)
+
+
+def test_bfloat16_leaves_the_rotary_frequencies_as_they_are(base: str):
+    plain, rounded = load_backbone(base), cast(load_backbone(base), torch.bfloat16)
+    assert {p.dtype for p in rounded.parameters()} == {torch.bfloat16}
+    assert torch.equal(rounded.rotary_emb.inv_freq, plain.rotary_emb.inv_freq)
+    assert rounded.rotary_emb.inv_freq.dtype == torch.float32
+    settings = replace(config(base), precision="bfloat16", schedule=Schedule(epochs=1, batch_items=60))
+    made = LoraLM.train(cycle_sequences(6, 0), [], LEVELS, SIZE, settings, 0, device="cpu")
+    assert made._network.backbone.rotary_emb.inv_freq.dtype == torch.float32
+    assert len(made.generate([history_of(range(4))], SidTrie(CYCLE, SIZE), 3)[0]) == 3
 
 
 def test_seen_sids_can_be_left_out(lora: LoraLM):
