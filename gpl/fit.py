@@ -117,7 +117,7 @@ def fit(
     warnings: list[str] = []
     row_of = rows_by_id(items)
     raw = raw_vectors(items, encoder)
-    space = Space.fit(PRECOMPUTED if encoder is None else encoder.name, raw)
+    space = Space.fit(PRECOMPUTED, raw) if encoder is None else Space.fit(encoder.name, raw, encoder.identity)
     vectors = space.project(raw, list(row_of))
     quantiser = fit_quantiser(vectors, options, seed)
     sids = quantiser.encode(vectors)

@@ -106,6 +106,7 @@ def catalogue_of(items: Iterable[Item], artefacts: Artefacts, space: SpaceSettin
     fitted, encoder = artefacts.space, None
     if fitted.encoder != PRECOMPUTED:
         encoder = SentenceEncoder(fitted.encoder, space.cache, space.batch_size, lambda *_: None)
+    fitted.check_encoder(encoder)
     ids = [content.item_id for content in contents]
     vectors = fitted.project(raw_vectors(contents, encoder, fitted.dim), ids)
     catalogue = Catalogue(artefacts.space.dim, artefacts.quantiser.levels)

@@ -54,6 +54,7 @@ class Inspector:
         self._artefacts, self._items = artefacts, list(items)
         self._row_of = rows_by_id(self._items)
         self._config, self._beams, self._length = config or labeller.Config(), beams, history
+        artefacts.space.check_encoder(encoder)
         raw = raw_vectors(self._items, encoder, artefacts.space.dim)
         self._vectors = artefacts.space.project(raw, list(self._row_of))
         self._sids = artefacts.quantiser.encode(self._vectors)

@@ -26,6 +26,10 @@ class Encoder(Protocol):
         """Names the weights; it is kept in ``Space.encoder``."""
 
     @property
+    def identity(self) -> str:
+        """The name, and of weights that may change under it also what they are; it is kept in ``Space.identity``."""
+
+    @property
     def dim(self) -> int:
         """Dimension of the vectors."""
 
@@ -61,13 +65,19 @@ class SentenceEncoder:
         self._name = name
         self._batch_size = batch_size
         self._on_progress = on_progress
-        self._cache = None if cache is None else EmbeddingCache(cache, _identity(name))
+        self._identity = _identity(name)
+        self._cache = None if cache is None else EmbeddingCache(cache, self._identity)
         self._model: Any = None
         self._dim: int | None = None
 
     @property
     def name(self) -> str:
         return self._name
+
+    @property
+    def identity(self) -> str:
+        """As of when this object was made."""
+        return self._identity
 
     @property
     def dim(self) -> int:
@@ -157,7 +167,7 @@ def _resolve(name: str) -> str:
 
 
 def _identity(name: str) -> str:
-    """What the cache knows the encoder by: of a local directory also its contents, which may be trained on."""
+    """What cache and space know the encoder by: of a local directory also its contents, which may be trained on."""
     directory = Path(name)
     if name == MINILM or not directory.is_dir():
         return name

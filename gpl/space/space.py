@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 
+from gpl.space.encoder import Encoder
+
 _MANIFEST = "space.json"
 _WEIGHTS = "space.safetensors"
 # Rows this much shorter than what they were subtracted from are float32 rounding, not a direction.
@@ -33,11 +35,14 @@ class Space:
     """(dim,)"""
     version: str
     """Hash of encoder and mean: vectors compare only within one version."""
+    identity: str | None = None
+    """`Encoder.identity` where that says more than its name: of a local directory, whose contents may change."""
 
     @classmethod
-    def fit(cls, encoder: str, raw: npt.ArrayLike) -> Space:
+    def fit(cls, encoder: str, raw: npt.ArrayLike, identity: str | None = None) -> Space:
         """Centre on the mean of ``raw`` (n, dim). Rows that are all the same (or a single one) leave nothing to
-        centre on: the mean is then zero. Raises ValueError on a wrong shape, no rows, or values not finite.
+        centre on: the mean is then zero. ``identity``: the encoder's. Raises ValueError on a wrong shape, no rows, or
+        values not finite.
         """
         rows = _checked(raw, dim=None)
         if not len(rows):
@@ -45,7 +50,18 @@ class Space:
         mean = np.zeros(rows.shape[1], np.float32)
         if (rows != rows[0]).any():
             mean[:] = rows.mean(axis=0, dtype=np.float64)
-        return cls(encoder, rows.shape[1], mean, _version(encoder, mean))
+        identity = None if identity == encoder else identity
+        return cls(encoder, rows.shape[1], mean, _version(identity or encoder, mean), identity)
+
+    def check_encoder(self, encoder: Encoder | None) -> None:
+        """Raise ValueError where the weights of ``encoder`` are not those that the space was fitted with, as far as
+        the space knows them.
+        """
+        if encoder is not None and self.identity is not None and encoder.identity != self.identity:
+            raise ValueError(
+                f"encoder {encoder.name!r} is now {encoder.identity}, the space was fitted with {self.identity}: "
+                "vectors of the two do not compare; put its files back, or fit anew"
+            )
 
     def project(self, raw: npt.ArrayLike, item_ids: Sequence[str] | None = None) -> npt.NDArray[np.float32]:
         """Unit float32 vectors (n, dim) of raw ones (n, dim); a row's result does not depend on the others.
@@ -69,6 +85,8 @@ class Space:
         directory.mkdir(parents=True, exist_ok=True)
         save_file({"mean": self.mean}, directory / _WEIGHTS)
         manifest = {"encoder": self.encoder, "dim": self.dim, "version": self.version}
+        if self.identity is not None:
+            manifest["identity"] = self.identity
         (directory / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
     @classmethod
@@ -76,13 +94,14 @@ class Space:
         """What ``save`` wrote. Raises FileNotFoundError, or ValueError when the version does not fit the weights."""
         manifest = json.loads((directory / _MANIFEST).read_text())
         mean = load_file(directory / _WEIGHTS)["mean"]
-        version = _version(manifest["encoder"], mean)
+        identity = manifest.get("identity")  # not there where it is the name, and in what older releases wrote
+        version = _version(identity or manifest["encoder"], mean)
         if version != manifest["version"] or mean.shape != (manifest["dim"],):
             raise ValueError(
                 f"{directory / _MANIFEST}: version {manifest['version']}, dim {manifest['dim']}; "
                 f"the weights beside it are version {version}, shape {mean.shape}"
             )
-        return cls(manifest["encoder"], manifest["dim"], mean, version)
+        return cls(manifest["encoder"], manifest["dim"], mean, version, identity)
 
 
 def _version(encoder: str, mean: npt.NDArray[np.float32]) -> str:

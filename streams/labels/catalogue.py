@@ -51,6 +51,7 @@ class CatalogueRole(BatchRole):
         health: metrics.Health,
         on_failure: Callable[[BaseException], None],
     ) -> None:
+        artefacts.space.check_encoder(encoder)
         # A group of its own for each space: with a new one every item is read, encoded and published again.
         version = f"{artefacts.space.version}-{artefacts.quantiser.version}"
         super().__init__(f"catalogue-{version}", ("items",), settings, health, on_failure)

@@ -101,6 +101,28 @@ def test_saved_space_is_the_same_and_its_version_tells_encoder_and_mean_apart(tm
         Space.load(tmp_path / "space")
 
 
+def test_an_encoder_whose_files_changed_is_refused_and_older_spaces_load(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "weights").write_text("one")
+    encoder = SentenceEncoder(str(model), None, 8)
+    space = Space.fit(encoder.name, np.eye(2), encoder.identity)
+    space.save(tmp_path / "space")
+    Space.load(tmp_path / "space").check_encoder(SentenceEncoder(str(model), None, 8))
+    (model / "weights").write_text("two")
+    changed = SentenceEncoder(str(model), None, 8)
+    with pytest.raises(ValueError, match=r"fitted with .*model@"):
+        Space.load(tmp_path / "space").check_encoder(changed)
+    assert Space.fit(changed.name, np.eye(2), changed.identity).version != space.version
+
+    named = Space.fit(NAME, np.eye(2), SentenceEncoder(NAME, None, 8).identity)
+    assert named.version == Space.fit(NAME, np.eye(2)).version
+    Space.fit(str(model), np.eye(2)).save(tmp_path / "old")
+    assert "identity" not in (tmp_path / "old" / "space.json").read_text()
+    Space.load(tmp_path / "old").check_encoder(changed)
+    space.check_encoder(None)
+
+
 # --- raw vectors
 
 
