@@ -15,8 +15,11 @@ from streams.dlq.letters import Letter
 
 
 def time(millis: int) -> str:
-    """Kafka milliseconds as ISO 8601, UTC."""
-    return datetime.fromtimestamp(millis / 1000, UTC).isoformat(timespec="seconds")
+    """Kafka milliseconds as ISO 8601, UTC; what no calendar holds, as the number."""
+    try:
+        return datetime.fromtimestamp(millis / 1000, UTC).isoformat(timespec="seconds")
+    except (ValueError, OverflowError, OSError):
+        return f"{millis} ms"
 
 
 def counts(letters: Iterable[Letter]) -> dict[tuple[str, str], tuple[int, int]]:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from streams import dead_letters
 from streams.dead_letters import Guard, Halted, Original, Refused
-from streams.dlq import command
+from streams.dlq import command, render
 from streams.dlq.letters import Filter, Letter, letter_of
 from streams.dlq.redrive import headers_of, plan
 from streams.replay import command as replay_command
@@ -197,3 +197,8 @@ def test_consoles_show_words_of_the_data_as_they_are(module: ModuleType):
             console.print("[/a] :smile:")
             console.print(table)
         assert "[/a] :smile:" in shown.get() and "[/b] :key:" in shown.get()
+
+
+@pytest.mark.parametrize(("millis", "text"), [(0, "1970-01-01T00:00:00+00:00"), (2**62, f"{2**62} ms"), (-1, "1969")])
+def test_a_time_that_no_calendar_holds_is_its_number(millis: int, text: str) -> None:
+    assert render.time(millis).startswith(text)
