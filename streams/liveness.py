@@ -21,7 +21,7 @@ from kafka.errors import KafkaError, UnsupportedVersionError
 
 from streams.kafka import client_options
 from streams.metrics import Health
-from streams.settings import KafkaSettings
+from streams.settings import KafkaSettings, MetricsSettings
 
 log = structlog.get_logger()
 
@@ -88,6 +88,14 @@ class GroupWatch:
                 admin.close()
             except (KafkaError, OSError) as error:
                 log.debug("admin client did not close", error=repr(error))
+
+
+def health_of(settings: MetricsSettings) -> Health:
+    """The health of a process, which ends when a loop has stalled where the settings say so."""
+    health = Health(settings.stalled_after_wall_seconds)
+    if settings.exit_when_stalled:
+        exit_when_stalled(health)
+    return health
 
 
 def exit_when_stalled(health: Health, every: float = 1.0) -> None:

@@ -27,7 +27,7 @@ from streams.labels.agent import LabelsRole
 from streams.labels.catalogue import CatalogueRole
 from streams.labels.matrix import RecalledVectors
 from streams.labels.record import Versions
-from streams.liveness import exit_when_stalled
+from streams.liveness import health_of
 from streams.log_view import Handler, LogView
 from streams.profiles.agent import ProfilesRole
 from streams.role import Role
@@ -66,7 +66,7 @@ class Worker:
         self._dim, self._levels = artefacts.space.dim, artefacts.quantiser.levels
         self._versions = (artefacts.generator.version, artefacts.quantiser.version, artefacts.space.version)
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.health = metrics.Health(settings.metrics.stalled_after_wall_seconds)
+        self.health = health_of(settings.metrics)
         self._catalogue = Catalogue(self._dim, self._levels)
         self._view = CatalogueView(
             self._catalogue, self._dim, artefacts.space.version, artefacts.quantiser.version, self._changed
@@ -214,8 +214,6 @@ async def _main(settings: Settings, role: RoleName) -> None:
     worker = Worker(settings, role)
     port, close = metrics.serve(settings.metrics.host, settings.metrics.port, worker.health)
     log.info("metrics served", port=port)
-    if settings.metrics.exit_when_stalled:
-        exit_when_stalled(worker.health)
     try:
         await worker.run(stop)
     finally:

@@ -35,11 +35,11 @@ log = structlog.get_logger()
 SOURCE = "anchor-requests"
 POISON = 3
 """Failures of the generator over one request alone, others being answered meanwhile, that make it a dead letter."""
-T = TypeVar("T")
-
-_STATES = {"closed": 0, "half_open": 1, "open": 2}
 STUCK = 10
 """Times ``anchors.slow_wall_seconds`` that a call of the generator may take before its silence counts."""
+_STATES = {"closed": 0, "half_open": 1, "open": 2}
+
+T = TypeVar("T")
 
 
 class Answered(msgspec.Struct):

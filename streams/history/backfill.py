@@ -23,6 +23,7 @@ from streams.frame import Frame
 from streams.history.partition import ANCHORS, LABELS, PROFILES, Done, Task, file_of, label_partition, save_catalogue
 from streams.kafka import check_size, producer
 from streams.settings import KafkaSettings, Settings
+from streams.storage import open_storage
 from streams.topics import full_name
 from streams.trainer.checkpoint import CheckpointStore
 from streams.trainer.trainer import Trainer
@@ -84,10 +85,7 @@ def backfill(data: Path, out: Path, settings: Settings, processes: int, ray: boo
     trainer = _train(out, settings, artefacts, catalogue)
     checkpoint = trainer.checkpoint(positions={}, journal=0)
     where = store.save(checkpoint)
-    # The last, and there as a whole or not at all.
-    aside = out / f".{_COMPLETE}"
-    aside.write_bytes(_marker(data, settings))
-    aside.replace(out / _COMPLETE)
+    open_storage(out).put(_COMPLETE, _marker(data, settings))  # the last, and there as a whole or not at all
     return Outcome(sum(d.labels for d in done), sum(d.users for d in done), refreshes, where, dict(checkpoint.metrics))
 
 
@@ -105,8 +103,8 @@ def publish(out: Path, settings: Settings) -> dict[str, int]:
     """Put a backfill's anchors and profiles on their topics, so that the roles go on from them. Records by topic.
 
     For topics on which the roles have written nothing yet; one that failed can be repeated, for each user's newest
-    record counts. The calibration is ``gpl fit --publish``'s. Raises kafka errors when the broker refuses a record,
-    RecordTooLargeError.
+    record counts. The calibration comes with the first labels worker. Raises kafka errors when the broker refuses a
+    record, RecordTooLargeError.
     """
     kafka, counts = settings.kafka, {}
     with producer(kafka) as sending:

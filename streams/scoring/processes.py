@@ -24,9 +24,8 @@ import uvicorn
 from prometheus_client.multiprocess import mark_process_dead
 from threadpoolctl import threadpool_limits
 
-from streams import metrics
 from streams.frame import Frame
-from streams.liveness import exit_when_stalled
+from streams.liveness import health_of
 from streams.scoring.scorer import Scorer
 from streams.scoring.server import MULTIPROCESS, create_app
 from streams.settings import Settings
@@ -67,9 +66,7 @@ def _serve(settings: Settings, frame: Frame) -> None:
     # Products of a request are small: threads that wait for each other cost more than they bring.
     threadpool_limits(1)
     torch.set_num_threads(1)
-    health = metrics.Health(settings.metrics.stalled_after_wall_seconds)
-    if settings.metrics.exit_when_stalled:
-        exit_when_stalled(health)
+    health = health_of(settings.metrics)
     app = create_app(Scorer(settings, frame, health), settings.serve, health)
     config = uvicorn.Config(
         app,

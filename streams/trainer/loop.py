@@ -24,7 +24,7 @@ from gpl.catalogue import Catalogue
 from streams import dead_letters, metrics
 from streams.frame import Frame
 from streams.kafka import producer
-from streams.liveness import exit_when_stalled
+from streams.liveness import health_of
 from streams.settings import Settings
 from streams.storage import open_storage
 from streams.topics import full_name
@@ -58,9 +58,7 @@ class TrainingDivergedError(RuntimeError):
 
 def serve(settings: Settings, stop: threading.Event, start_from: str, skip_to: str | None, group: Group) -> None:
     """``run`` with metrics and health over HTTP; in a group those of rank 0."""
-    health = metrics.Health(settings.metrics.stalled_after_wall_seconds)
-    if settings.metrics.exit_when_stalled:
-        exit_when_stalled(health)
+    health = health_of(settings.metrics)
     with ExitStack() as opened:
         if group.rank == 0:
             _, close = metrics.serve(settings.metrics.host, settings.metrics.port, health)
