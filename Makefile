@@ -56,8 +56,9 @@ lint: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# Two files of tests at a time, each process with a broker of its own: the longest tests wait more than they compute.
 test: lint
-	HF_HUB_OFFLINE=1 $(BIN)/pytest --require-kafka $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/pytest --require-kafka -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The newest versions that pyproject.toml allows. No index in the file: each machine has its own.
 lock: setup

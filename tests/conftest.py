@@ -39,7 +39,9 @@ hypothesis_settings.load_profile("ci" if IN_CI else "dev")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--require-kafka", action="store_true", help="without Java 17 or Maven: an error, where tests would be skipped"
+        "--require-kafka",
+        action="store_true",
+        help="without Java 17 or Maven: an error at once, where tests would be skipped",
     )
     parser.addoption("--crash-rounds", type=int, default=4, help="kills a test of the crash suite; longer with more")
     parser.addoption("--crash-seed", type=int, default=1, help="of the moments at which the crash suite kills")
@@ -51,9 +53,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.kafka)
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    wanted = any(item.get_closest_marker("kafka") for item in session.items)
-    if wanted and not session.config.option.collectonly and session.config.getoption("--require-kafka"):
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if session.config.getoption("--require-kafka") and not hasattr(session.config, "workerinput"):
         try:
             toolchain.check(JARS)
         except BrokerError as error:
