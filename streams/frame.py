@@ -24,6 +24,11 @@ class Frame:
         return cls(loaded.space.dim, loaded.quantiser.levels, loaded.space.version, loaded.quantiser.version)
 
     @property
+    def space(self) -> tuple[str, str]:
+        """What vectors must share to be compared: the versions of encoder and quantiser."""
+        return self.encoder, self.quantiser
+
+    @property
     def versions(self) -> dict[str, str]:
         """For manifests."""
         return {"encoder": self.encoder, "quantiser": self.quantiser}

@@ -18,6 +18,7 @@ import structlog
 from kafka import KafkaAdminClient, TopicPartition
 from kafka.admin import OffsetSpec
 from kafka.errors import KafkaError, UnsupportedVersionError
+from kafka.protocol.consumer import IsolationLevel
 
 from streams.kafka import client_options
 from streams.metrics import Health
@@ -47,7 +48,7 @@ class GroupWatch:
         self._tells_members = True
 
     def look(self) -> tuple[bool, dict[TopicPartition, int]]:
-        """Whether the client is a member of its group, and the end of every partition of the topics.
+        """Whether the client is a member of its group, and the end of what can be read of every partition.
 
         Raises KafkaError or OSError when the broker does not answer.
         """
@@ -78,7 +79,9 @@ class GroupWatch:
             for topic in self._admin.describe_topics(self._topics)
             for partition in topic["partitions"]
         }
-        return {tp: found.offset for tp, found in self._admin.list_partition_offsets(wanted).items()}
+        # As the consumers read: what an open transaction has written is not there yet.
+        found = self._admin.list_partition_offsets(wanted, isolation_level=IsolationLevel.READ_COMMITTED)
+        return {tp: at.offset for tp, at in found.items()}
 
     def close(self) -> None:
         """Let go of the connection; a later ``look`` makes a new one."""

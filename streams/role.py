@@ -108,6 +108,7 @@ class Role(Generic[P]):
         health.beat(name)
         self._ticked = self._awake_since = clock()
         self._worked = time.process_time()
+        self._stepped = self._received = self._ticked
         self._busy_since: float | None = None
         subscribe(self.app, raw_topic(self.app, settings.kafka, *sources), self)
 
@@ -245,7 +246,7 @@ class Role(Generic[P]):
         if partition is None or self.halted:
             return  # halted: what is not taken stays in the log, and polling goes on or the group would let us go
         source = self._sources[tp.topic]
-        self._busy_since = self.clock()
+        self._received = self._busy_since = self.clock()
         try:
             await self._take_all(tp.partition, partition, source, records)
             await self.taken(tp.partition, partition, source, records[-1].timestamp)
@@ -258,9 +259,14 @@ class Role(Generic[P]):
             self._busy_since = None
 
     def at_work(self) -> None:
-        """A step of a batch is done: a long batch is no standstill."""
+        """A step of a batch, or of a tick, is done: a long one is no standstill."""
+        self._stepped = self.clock()
         if self._busy_since is not None:
-            self._busy_since = self.clock()
+            self._busy_since = self._stepped
+
+    def working_since(self, then: float) -> bool:
+        """Whether the tick, and the batch in hand if there is one, have made a step after ``then`` (of ``clock``)."""
+        return max(self._ticked, self._stepped) > then and (self._busy_since is None or self._busy_since > then)
 
     async def _take_all(self, number: int, partition: P, source: str, records: Sequence[Any]) -> None:
         acks, taken = partition.acks[source], 0
@@ -352,8 +358,10 @@ class Role(Generic[P]):
                 log.warning("broker does not answer", role=self.name, error=repr(error))
             else:
                 now = self.clock()
-                starved = await self._starved(ends, now - stalled_after)
-                at_work = min(self._ticked, self._busy_since or now) > now - stalled_after
+                # While a batch is worked on, nobody takes what else is fetched.
+                hands_full = self._busy_since is not None and self._received < now - stalled_after
+                starved = [] if hands_full else await self._starved(ends, now - stalled_after)
+                at_work = self.working_since(now - stalled_after)
                 if member and at_work and not starved:
                     self.health.beat(self.name)
                 else:

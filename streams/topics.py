@@ -44,11 +44,15 @@ class TopicSpec:
 # Anchors are picked as of a recall's time, so what they replaced must outlive the requests that may still need it.
 _COMPACTED = {"cleanup.policy": "compact", "min.compaction.lag.ms": str(24 * 3600 * 1000)}
 
+# A guard against events of the future compares them with the record's Kafka time, which the producer's clock gives: a
+# record that is itself this far ahead of the broker is refused to its producer. As labels.max_ahead_seconds by default.
+_EVENTS = {"message.timestamp.after.max.ms": str(300 * 1000)}
+
 TOPICS: tuple[TopicSpec, ...] = (
     TopicSpec("items", by_user=False, config={"cleanup.policy": "compact"}),
     TopicSpec("item-vectors", by_user=False, config=_COMPACTED),
-    TopicSpec("recalls", by_user=True),
-    TopicSpec("feedback", by_user=True),
+    TopicSpec("recalls", by_user=True, config=_EVENTS),
+    TopicSpec("feedback", by_user=True, config=_EVENTS),
     # Compaction keeps what was written last; for a day, what had come further is there beside it (profiles.further).
     TopicSpec("profiles", by_user=True, config=_COMPACTED),
     TopicSpec("anchor-requests", by_user=True),

@@ -180,10 +180,11 @@ class AnchorsView(Generic[V]):
         versions = self._by_user.get((partition, user_id))
         return None if versions is None else versions.at(ts)
 
-    def forget_before(self, ts: int) -> None:
-        """Let go of versions that requests at or after ``ts`` cannot use."""
-        for versions in self._by_user.values():
-            versions.forget_before(ts)
+    def forget_before(self, partition: int, ts: int) -> None:
+        """Let go of versions that requests of a partition at or after ``ts`` cannot use."""
+        for (number, _), versions in self._by_user.items():
+            if number == partition:
+                versions.forget_before(ts)
 
 
 class CalibrationView:

@@ -94,7 +94,9 @@ class Worker:
         if space.encoder != PRECOMPUTED:
             _torch_on_one_thread()
             encoder = SentenceEncoder(space.encoder, settings.space.cache, settings.space.batch_size)
-        self._recalled = RecalledVectors(self._index, self._view.content, self._dim, self._levels)
+        self._recalled = RecalledVectors(
+            self._index, self._view.content, self._dim, self._levels, waits=shared is not None
+        )
         versions = Versions(space.version, self._artefacts.quantiser.version, settings.fingerprint())
         labels = LabelsRole(
             settings,

@@ -140,7 +140,7 @@ class Pipeline:
             anchors = anchors_of(beams, self._centroids, history)
         record = anchors_record(request, used, anchors, self._versions)
         dim = self._catalogue.dim
-        prepared = anchor_set(record, dim, self._catalogue.levels, self._config)
+        prepared = anchor_set(record, self._label_versions.space, dim, self._catalogue.levels, self._config)
         self._anchors.setdefault(record.user_id, AsOf()).put(record.ts, prepared)
         in_force = AnchorsInForce(record.version, record.ts, self._versions, vectors_from(record.vectors, dim))
         self._refresh.answer(record.user_id, in_force)

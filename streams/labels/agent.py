@@ -109,7 +109,7 @@ class LabelsRole(Role[Partition]):
         return self._catalogue_ready() and self.state_ready
 
     def _prepare(self, record: UserAnchors) -> AnchorSet:
-        return anchor_set(record, self._dim, self._levels, self._config)
+        return anchor_set(record, self._versions.space, self._dim, self._levels, self._config)
 
     # --- what comes in ------------------------------------------------------------------------------------------
 
@@ -149,6 +149,7 @@ class LabelsRole(Role[Partition]):
         partition.read_to_ms[source] = newest_kafka_ms
         over = self._backpressure.apply(self.partitions)
         while over and not self.ready() and self.owns(number, partition):
+            self.at_work()
             await asyncio.sleep(0.05)  # nothing can close yet, so nothing more is read
         await self._settle(number, partition, newest_kafka_ms)
 
@@ -176,8 +177,11 @@ class LabelsRole(Role[Partition]):
                 partition.watermark.idle(source)
         if partition.lock.locked():
             return  # the intake is at it, and the tick has other partitions to look at
+        # What is due by itself, and not since a source is idle, was due when the newest record came.
+        timed_out = any(partition.watermark.is_idle(source) for source in SOURCES)
+        newest_ms = max(partition.read_to_ms.values(), default=0)
         # However much is due: a tick that stays away is taken for a standstill. The next one goes on.
-        await self._settle(number, partition, int(now * 1000), rounds=1)
+        await self._settle(number, partition, int(now * 1000) if timed_out else newest_ms, at_once=True)
 
     async def advanced(self, now: float) -> None:
         self._forget_anchors(now)
@@ -193,14 +197,17 @@ class LabelsRole(Role[Partition]):
         if now - self._anchors_forgotten < FORGET_EVERY or not self.partitions:
             return
         self._anchors_forgotten = now
-        oldest = min(partition.joiner.horizon for partition in self.partitions.values())
-        if oldest != NEVER:
-            self._anchors.forget_before(oldest - self._anchors_kept_ms)
+        for number, partition in self.partitions.items():
+            if partition.joiner.horizon != NEVER:
+                self._anchors.forget_before(number, partition.joiner.horizon - self._anchors_kept_ms)
 
     # --- what goes out ------------------------------------------------------------------------------------------
 
-    async def _settle(self, number: int, partition: Partition, trigger_ms: int, rounds: int | None = None) -> None:
-        """Label what is due (in at most so many rounds), correct what was touched, release what is over."""
+    async def _settle(self, number: int, partition: Partition, trigger_ms: int, at_once: bool = False) -> None:
+        """Label what is due, correct what was touched, release what is over.
+
+        ``at_once``: no more than ``CLOSE_AT_ONCE`` of each; the next call goes on.
+        """
         if not self.ready():
             return
         if partition.published is None:
@@ -210,8 +217,7 @@ class LabelsRole(Role[Partition]):
         async with partition.lock:
             self._slice_began = time.monotonic()
             joiner, full = partition.joiner, True
-            while full and rounds != 0 and self.owns(number, partition):
-                rounds = None if rounds is None else rounds - 1
+            while full and self.owns(number, partition):
                 began = time.thread_time()
                 due = joiner.close(partition.watermark.value(), CLOSE_AT_ONCE)
                 self._stages["join"] += time.thread_time() - began
@@ -219,13 +225,19 @@ class LabelsRole(Role[Partition]):
                 self.at_work()
                 for joined in due:
                     await self._publish(number, partition, joined, None, trigger_ms)
+                if at_once:
+                    break
             await self._refuse_late(number, partition)
             repeating = partition.repeats()
-            touched, partition.touched = partition.touched, {}
-            for request_id, cause in touched.items():
+            left = CLOSE_AT_ONCE if at_once else len(partition.touched)
+            while partition.touched and left and self.owns(number, partition):
+                left -= 1
+                request_id = next(iter(partition.touched))
+                cause = partition.touched.pop(request_id)
+                self.at_work()
                 await self._publish(number, partition, joiner.rejoin(request_id), cause, trigger_ms)
             # Nothing is over while something is still due: its feedback would go with it.
-            if not (full or repeating) and self.owns(number, partition):
+            if not (full or partition.touched or repeating) and self.owns(number, partition):
                 self._forget(partition)
 
     async def _refuse_late(self, number: int, partition: Partition) -> None:
@@ -281,7 +293,7 @@ class LabelsRole(Role[Partition]):
         assert said is not None
         if self._have is not None:
             ids = [*joined.exposed, *recall.candidates]
-            if not await self._have(ids, lambda: self.owns(number, partition)):
+            if not await self._have(ids, partial(self._still_wanted, number, partition)):
                 return
         anchors = self._anchors.at(number, recall.user_id, recall.ts)
         calibration = self.calibrations.at(recall.ts)
@@ -330,6 +342,10 @@ class LabelsRole(Role[Partition]):
         if time.monotonic() - self._slice_began > SLICE:
             await asyncio.sleep(0)
             self._slice_began = time.monotonic()
+
+    def _still_wanted(self, number: int, partition: Partition) -> bool:
+        self.at_work()  # to wait for an index that is away is no standstill
+        return self.owns(number, partition)
 
     def _claimed(self) -> float:
         """Seconds of this thread that some stage has claimed."""

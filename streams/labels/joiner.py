@@ -70,6 +70,10 @@ class Released(msgspec.Struct, frozen=True):
     feedback: list[int]
 
 
+def _order(request: Request) -> tuple[int, str]:
+    return request.ts, request.request_id
+
+
 class Joiner:
     """One partition. Feedback counts for ``window_ms`` after its recall, and corrects ``retention_ms`` longer.
 
@@ -257,14 +261,29 @@ class Joiner:
         return request.user_id == feedback.user_id and request.ts <= feedback.ts <= request.ts + self._window
 
     def _owner(self, feedback: Feedback) -> Request | None:
-        """The request that feedback without request_id belongs to."""
-        holders = [
-            request
-            for request in self._by_user.get(feedback.user_id, {}).values()
-            if self._counts(request, feedback)
-            and feedback.item_id in self._candidates(request.request_id, request.source.offset)
-        ]
-        return max(holders, key=lambda r: (r.ts, r.request_id), default=None)
+        """The request that feedback without request_id belongs to: the latest one that covers it and holds the item."""
+        mine = [r for r in self._by_user.get(feedback.user_id, {}).values() if self._counts(r, feedback)]
+        for request in sorted(mine, key=_order, reverse=True):
+            if feedback.item_id in self._candidates(request.request_id, request.source.offset):
+                return request
+        return None
+
+    def _anonymous_of(self, request: Request) -> list[Entry]:
+        """Feedback without request_id that belongs to ``request``: the same as asking ``_owner`` of each, with every
+        later request looked at once. Reading candidates is what costs, and a user may hold hundreds of requests."""
+        entries = [e for e in self._anonymous.get(request.user_id, ()) if self._counts(request, e.feedback)]
+        if entries:
+            own = self._candidates(request.request_id, request.source.offset)
+            entries = [e for e in entries if e.feedback.item_id in own]
+        for later in self._by_user[request.user_id].values():
+            if _order(later) <= _order(request):
+                continue
+            claimed = [e for e in entries if self._counts(later, e.feedback)]
+            if claimed:
+                held = self._candidates(later.request_id, later.source.offset)
+                gone = {e.feedback.event_id for e in claimed if e.feedback.item_id in held}
+                entries = [e for e in entries if e.feedback.event_id not in gone]
+        return entries
 
     def _read_candidates(self, request_id: str, _offset: int) -> frozenset[str]:
         return frozenset(self._recall(request_id).candidates)
@@ -274,9 +293,7 @@ class Joiner:
 
     def _join(self, request: Request) -> Joined:
         entries = [entry for entry in request.feedback if self._counts(request, entry.feedback)]
-        anonymous = self._anonymous.get(request.user_id)
-        if anonymous:
-            entries += [entry for entry in anonymous if self._owner(entry.feedback) is request]
+        entries += self._anonymous_of(request)
         # The order in which things happened, not the one in which they arrived.
         entries.sort(key=lambda entry: (entry.feedback.ts, entry.feedback.event_id))
         exposed: dict[str, bool] = {}

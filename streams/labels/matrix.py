@@ -18,12 +18,13 @@ from streams.views import vectors_from
 class RecalledVectors:
     """Dense rows for the items that requests ask for; what is missing is fetched from the index, in one batch.
 
-    ``known``: ids that the catalogue has; others are not looked for. A worker holds what its requests touch, not
-    the whole catalogue.
+    ``known``: ids that the catalogue has; others are not looked for. ``waits``: what is missing is fetched by ``have``
+    only, since the index is a server, which would keep a caller of ``lookup`` waiting.
     """
 
-    def __init__(self, index: VectorIndex, known: Container[str], dim: int, levels: int) -> None:
+    def __init__(self, index: VectorIndex, known: Container[str], dim: int, levels: int, waits: bool = False) -> None:
         self._index = index
+        self._waits = waits
         self._known = known
         self._matrix = Catalogue(dim, levels)
         # The matrix is asked for vectors only, codes do not matter here.
@@ -40,8 +41,9 @@ class RecalledVectors:
         """
         rows = self._matrix.rows(ids)
         if len(rows) and rows.min() < 0:
-            self._fetch([ids[i] for i in np.flatnonzero(rows < 0).tolist()])
-            rows = self._matrix.rows(ids)
+            if not self._waits:
+                self._fetch([ids[i] for i in np.flatnonzero(rows < 0).tolist()])
+                rows = self._matrix.rows(ids)
             if rows.min() < 0:
                 found = rows >= 0
                 ids, rows = [ids[i] for i in np.flatnonzero(found).tolist()], rows[found]

@@ -79,7 +79,7 @@ class Partition(PartitionState):
                 for source in SOURCES
             )
             if not self.repeating:
-                self.published.keep(self.joiner)
+                self.published.keep([self.joiner, {request_id for request_id, _ in self.over}])
                 self.touched.update(self.differing)
                 self.differing = {}
         return self.repeating

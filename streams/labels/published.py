@@ -7,7 +7,7 @@ twice and a changed one gets the next revision. The headers carry all that is ne
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -59,9 +59,9 @@ class Published:
     newest_ms: int = 0
     ends: dict[str, int] = field(default_factory=dict)
 
-    def keep(self, held: Container[str]) -> None:
-        """Forget all labels but those of requests that are held."""
-        self.labels = {request_id: said for request_id, said in self.labels.items() if request_id in held}
+    def keep(self, held: Sequence[Container[str]]) -> None:
+        """Forget all labels but those of requests that some of ``held`` holds."""
+        self.labels = {name: said for name, said in self.labels.items() if any(name in those for those in held)}
 
     def note(self, record: Any) -> None:
         """A label record (kafka-python's) that is in the log."""

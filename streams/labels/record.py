@@ -30,7 +30,7 @@ DIGITS = 6
 @dataclass(frozen=True)
 class AnchorSet:
     """A user's anchors as a record gave them, and the ``history`` that they were made of; ``prepared`` is None for a
-    record without anchors.
+    record without anchors, or whose anchors are of another space: their cosines with our items would mean nothing.
 
     ``digest``: hash of what is matched. A refresh that was answered twice, over a catalogue that had changed in
     between, has the same version and another digest.
@@ -53,11 +53,21 @@ class Versions:
     config: str
     code: str = field(default_factory=code_version)
 
+    @property
+    def space(self) -> tuple[str, str]:
+        """What vectors must share to be compared: the versions of encoder and quantiser."""
+        return self.encoder, self.quantiser
 
-def anchor_set(record: contracts.UserAnchors, dim: int, levels: int, config: labeller.Config) -> AnchorSet:
-    """Prepare an anchors record for matching. Raises ValueError when its columns do not fit each other."""
+
+def anchor_set(
+    record: contracts.UserAnchors, space: tuple[str, str], dim: int, levels: int, config: labeller.Config
+) -> AnchorSet:
+    """Prepare an anchors record for matching in ``space`` (versions of encoder and quantiser).
+
+    Raises ValueError when its columns do not fit each other.
+    """
     prepared = None
-    if record.sid:
+    if record.sid and (record.encoder, record.quantiser) == space:
         prepared = prepared_anchors(record, dim, levels, config)
     said = msgspec.json.encode([record.vectors, record.logprob, record.history_factor])
     digest = hashlib.blake2b(said, digest_size=6).hexdigest()

@@ -69,7 +69,7 @@ class AnchorHistory:
             return
         try:
             record = decode(UserAnchors, entry.value)
-            anchor_set(record, self._frame.dim, self._frame.levels, labeller.Config())
+            anchor_set(record, self._frame.space, self._frame.dim, self._frame.levels, labeller.Config())
         except (ValueError, OverflowError):  # the labels role passes it over too
             self.unreadable += 1
             return
@@ -112,7 +112,7 @@ class AnchorHistory:
 
     def _prepare(self, user_id: str, offset: int, config: labeller.Config) -> AnchorSet:
         refresh = next(r for r in self._by_user[user_id] if r.offset == offset)
-        return anchor_set(refresh.record, self._frame.dim, self._frame.levels, config)
+        return anchor_set(refresh.record, self._frame.space, self._frame.dim, self._frame.levels, config)
 
 
 def _time(refresh: Refresh) -> tuple[int, int]:

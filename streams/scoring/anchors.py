@@ -43,7 +43,7 @@ class AnchorCache:
             self._by_user.pop(record.key.decode(), None)
             return
         anchors = decode(UserAnchors, record.value)
-        if (anchors.encoder, anchors.quantiser) != (self._frame.encoder, self._frame.quantiser):
+        if (anchors.encoder, anchors.quantiser) != self._frame.space:
             return
         held = self._by_user.get(anchors.user_id)
         if held is not None and held.ts > anchors.ts:

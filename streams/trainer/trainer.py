@@ -299,7 +299,7 @@ class Trainer:
         kept: list[Columns] = []
         first: list[bool] = []
         for label in labels:
-            if label.space != (self._frame.encoder, self._frame.quantiser):
+            if label.space != self._frame.space:
                 metrics.TRAINER_SKIPPED.labels("other_space").inc()  # its scores mean nothing beside these vectors
             elif (new := self._dedup.admit(label)) is None:
                 metrics.DUPLICATES.labels("labels").inc()

@@ -14,6 +14,7 @@ from streams import metrics
 from streams.faust_app import make_app, raw_topic
 from streams.intake import subscribe
 from streams.kafka import consumer, producer
+from streams.liveness import GroupWatch
 from streams.role import PartitionState, Role
 from streams.settings import KafkaSettings, Settings
 from streams.topics import full_name
@@ -146,6 +147,23 @@ async def test_transactions_count_when_committed_and_their_markers_leave_nothing
         while of_state.position(tp) < of_state.end_offsets([tp])[tp]:
             read += [record.value for batch in of_state.poll(500).values() for record in batch]
     assert read == role.values
+
+
+@pytest.mark.kafka
+def test_what_an_open_transaction_has_written_keeps_nobody_waiting(kafka_settings: KafkaSettings) -> None:
+    """A consumer that waits for the transaction's end has all that there is to read, however long it is open."""
+    topic = full_name(kafka_settings, "recalls")
+    with producer(kafka_settings, transactional_id=f"{kafka_settings.group_prefix}slow") as out:
+        out.init_transactions()
+        out.begin_transaction()
+        out.send(topic, value=b"not yet", partition=0).get(timeout=30)
+        watch = GroupWatch(kafka_settings, "nobody", "nobody", [topic])
+        try:
+            assert watch.look()[1][TopicPartition(topic, 0)] == 0
+            out.commit_transaction()
+            assert watch.look()[1][TopicPartition(topic, 0)] == 2, "the record, and the marker behind it"
+        finally:
+            watch.close()
 
 
 @pytest.mark.kafka

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from streams.contracts import Feedback, Recall
 from streams.labels.joiner import Joined, Joiner, Source
+from streams.labels.store import MemoryStore
 
 WINDOW, RETENTION = 100, 50
 ITEMS = ["a", "b", "c", "d"]
@@ -159,6 +160,30 @@ def test_late_feedback_names_the_request_that_it_changes_until_retention_is_over
     assert joiner.add_feedback(feedback("e2", 50, "b", "r"), source(2)) == []
     joiner.forget(10_000)
     assert joiner.orphans == 1
+
+
+class CountingStore(MemoryStore):
+    reads = 0
+
+    def get(self, request_id: str) -> bytes:
+        self.reads += 1
+        return super().get(request_id)
+
+
+def test_closing_reads_each_request_of_a_busy_user_once_or_twice():
+    # A guest's id, or a crawler's: as each event asks every request of its user, the reads go up with the square.
+    store, requests = CountingStore(), 150
+    joiner = Joiner(WINDOW, RETENTION, store)
+    for n in range(requests):
+        joiner.add_recall(recall(f"r{n:03}", 10), source(n))
+    for n in range(400):
+        joiner.add_feedback(feedback(f"e{n}", 20 + n % 50, ITEMS[n % 4], None), source(n))
+    assert store.reads < 2 * requests, "each event asks the latest requests first"
+    store.reads = 0
+    due = joiner.close(10 + WINDOW, at_most=1)
+    assert due[0].recall.request_id == "r000" and due[0].exposed == {} and store.reads <= 2 * requests
+    rest = joiner.close(10 + WINDOW)
+    assert [set(joined.exposed) for joined in rest] == [set()] * (requests - 2) + [set(ITEMS)]
 
 
 def test_a_late_recall_takes_anonymous_feedback_from_the_request_before_it():

@@ -17,11 +17,11 @@ from streams.labels.joiner import Joined, Joiner, Source
 from streams.labels.record import Versions, anchor_set, make_label
 from streams.labels.store import MemoryStore
 from streams.watermark import NEVER, Watermark
-from tests.streams.test_record import LEVELS, World
+from tests.streams.test_record import LEVELS, SPACE, World
 
 WINDOW, LATENESS, RETENTION = 100, 30, 50
 WORLD = World(items=16)
-ANCHORS = anchor_set(WORLD.anchors, 16, LEVELS, Config())
+ANCHORS = anchor_set(WORLD.anchors, SPACE, 16, LEVELS, Config())
 VERSIONS = Versions("space", "codes", "config", "code")
 
 

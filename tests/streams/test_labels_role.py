@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 
 import msgspec
@@ -12,9 +12,9 @@ from faust.types import TP
 from prometheus_client import REGISTRY
 
 from streams import metrics
-from streams.contracts import Feedback, Label, Recall, UserAnchors, encode
+from streams.contracts import Calibration, Feedback, Label, Recall, UserAnchors, encode
 from streams.dead_letters import Original
-from streams.labels.agent import LabelsRole
+from streams.labels.agent import Have, LabelsRole
 from streams.labels.published import Published
 from streams.labels.record import Versions
 from streams.settings import DeadLetterSettings, Settings
@@ -28,14 +28,14 @@ VECTORS = np.eye(4, 8, dtype=np.float32)
 class Site:
     """A role that owns partition 0, whose labels have been read back: there are none."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, have: Have | None = None) -> None:
         self.labels: dict[str, Label] = {}
         self.sent: list[SimpleNamespace] = []
         self.letters: list[str] = []
         self._offsets = {"recalls": 0, "feedback": 0}
         failures: list[BaseException] = []
         role = LabelsRole(
-            settings, Versions("e", "q", "c"), 8, 2, _lookup, lambda: True, metrics.Health(), failures.append
+            settings, Versions("e", "q", "c"), 8, 2, _lookup, lambda: True, metrics.Health(), failures.append, have
         )
         role.publisher = SimpleNamespace(send=self._send, dead_letter=self._dead_letter)  # type: ignore[assignment]
         role._follow_state = lambda *_: asyncio.sleep(0)  # type: ignore[assignment,method-assign]
@@ -125,6 +125,103 @@ async def test_anchors_that_are_compacted_away_take_nothing_from_a_label_that_th
     await after.receive("feedback", [Feedback("f", "u", "1", START + 2, "click", "r")])
     assert after.labels["new"].outcome == "no_anchors"
     assert (after.labels["r"].revision, after.labels["r"].exposed.item) == (1, ["1"])
+
+
+async def test_a_tick_makes_so_many_corrections_and_lets_go_of_nothing_before_the_last() -> None:
+    site = Site(Settings())
+    site.anchors(START - DAY, 1)
+    end = START + 1_900_000  # the window is over, the retention is not
+    await site.receive("feedback", [Feedback("e0", "other", "0", end, "impression")])
+    recalls = [Recall(f"r{n}", "u", START + n, ["0", "1", "2"]) for n in range(150)]
+    await site.receive("recalls", [*recalls, Recall("last", "u", end, ["0"])])
+    assert len(site.sent) == 150
+    site.role.calibrations(SimpleNamespace(value=encode(Calibration("new", 0, "platt", 2.0, -1.0)), key=b"new"))
+    partition, steps = site.role.partitions[0], 0
+
+    def step() -> None:
+        nonlocal steps
+        steps += 1
+
+    site.role.at_work = step  # type: ignore[method-assign]
+    made = []
+    while partition.touched:
+        await site.role.advance(0, partition, START / 1000, set())
+        made.append(len(site.sent) - 150 - sum(made))
+    assert made == [64, 64, 22] and steps >= 150
+    assert {label.revision for name, label in site.labels.items() if name != "last"} == {1}
+    assert {label.provenance.calibration for name, label in site.labels.items() if name != "last"} == {"new"}
+
+
+async def test_waiting_for_an_index_that_is_away_is_no_standstill() -> None:
+    away, asked, now = True, asyncio.Event(), 1000.0
+
+    async def have(_ids: Iterable[str], wanted: Callable[[], bool]) -> bool:
+        while away and wanted():
+            asked.set()
+            await asyncio.sleep(0)
+        return not away
+
+    site = Site(Settings(), have)
+    site.role.clock = lambda: now
+    await site.receive("feedback", [Feedback("e", "other", "0", START + DAY, "impression")])
+    waiting = asyncio.ensure_future(
+        site.receive("recalls", [Recall("r", "u", START, ["0"]), Recall("last", "u", START + DAY, ["0"])])
+    )
+    for _ in range(10):
+        now += 30
+        asked.clear()
+        await asked.wait()
+        assert site.role.working_since(now - 60), "it asks again and again"
+    away = False
+    await waiting
+    assert site.labels["r"].outcome == "no_anchors" and site.failures == []
+
+
+async def test_recalls_whose_label_is_in_the_log_are_no_dead_letters_whatever_else_differs() -> None:
+    a, b = Recall("a", "u", START + 10_000, ["0", "1"]), Recall("b", "u", START + 9_000, ["0", "1"])
+    end = [Recall("last", "u", START + DAY, ["0"])]
+    watermark = [Feedback("e", "other", "0", START + DAY, "impression")]
+    before = Site(Settings())
+    await before.receive("recalls", [a, b, *end])
+    await before.receive("feedback", watermark)
+    assert {"a", "b"} <= before.labels.keys()
+    # The next owner: b is over, a is not, and the label of a is another one now.
+    after = Site(Settings())
+    horizon = str(b.ts + 2_400_000)
+    after.role.begin({TP("gpl.recalls", 0): horizon, TP("gpl.feedback", 0): horizon})
+    after.role.state_ready = True
+    after.anchors(START - DAY, 1)
+    after.role._read_back = lambda *_: None  # type: ignore[method-assign]
+    await after.receive("recalls", [a, b, *end])
+    await after.receive("feedback", watermark)
+    partition = after.role.partitions[0]
+    partition.published = Published(ends={"recalls": 3, "feedback": 1})
+    for record in before.sent:
+        partition.published.note(record)
+    await after.role.advance(0, partition, START / 1000, set())
+    assert after.letters == [] and after.labels["a"].revision == 1 and after.failures == []
+
+
+async def test_anchors_are_let_go_of_beside_a_partition_that_has_seen_nothing() -> None:
+    site = Site(Settings())
+    site.role.begin({TP(f"gpl.{source}", number): "" for source in ("recalls", "feedback") for number in (0, 1)})
+    for version in range(50):
+        site.anchors(START + version * 3_600_000, version)
+    site.role.partitions[0].joiner.forget(START + 100 * 3_600_000)
+    site.role._forget_anchors(1e9)
+    assert site.role._anchors.at(0, "u", START + 48 * 3_600_000) is None
+    assert site.role._anchors.at(0, "u", START + DAY * 99) is not None
+
+
+async def test_a_label_made_by_the_tick_says_when_its_request_was_closed() -> None:
+    site = Site(Settings())
+    site.role.state_ready = False  # a backlog: what is due waits for the anchors to be read
+    end = START + DAY
+    await site.receive("recalls", [Recall("r", "u", START, ["0"]), Recall("last", "u", end, ["0"])])
+    await site.receive("feedback", [Feedback("e", "other", "0", end, "impression")])
+    site.role.state_ready = True
+    await site.role.advance(0, site.role.partitions[0], (end + 600_000) / 1000, set())
+    assert dict(site.sent[0].headers)["gpl-closed-at"] == str(end).encode()
 
 
 async def test_recalls_that_come_too_late_count_towards_the_cap() -> None:

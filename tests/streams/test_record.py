@@ -17,6 +17,7 @@ from streams.views import vector_bytes
 
 DIM, LEVELS = 16, 3
 VERSIONS = Versions("space-1", "codes-1", "config-1")
+SPACE = VERSIONS.space
 
 
 def unit(rng: np.random.Generator, n: int) -> np.ndarray:
@@ -80,7 +81,7 @@ def test_equals_a_plain_recomputation(seed):
     calibration = contracts.Calibration("c1", 0, "platt", 3.0, -1.0)
     candidates = [f"i{n}" for n in range(30)] + ["nobody knows", "i3"]
     exposed = {"i2": True, "i5": False, "i35": False, "not in the catalogue": True}
-    anchors = anchor_set(world.anchors, DIM, LEVELS, Config())
+    anchors = anchor_set(world.anchors, SPACE, DIM, LEVELS, Config())
     label = make_label(joined(candidates, exposed), 4, anchors, calibration, world.lookup, VERSIONS)
 
     assert label.outcome == "labelled"
@@ -109,7 +110,7 @@ def test_without_anchors_nothing_is_pseudo_labelled_and_the_record_says_so(empty
     anchors = None
     if empty_record:
         nothing = contracts.UserAnchors("u", 1, 1, [], [], b"", [], ["i3"], "g", "q", "e")
-        anchors = anchor_set(nothing, DIM, LEVELS, Config())
+        anchors = anchor_set(nothing, SPACE, DIM, LEVELS, Config())
     label = make_label(joined(["i1", "i2"], {"i1": True}), 0, anchors, None, world.lookup, VERSIONS)
     assert label.outcome == "no_anchors"
     assert label.unexposed.item == []
@@ -119,9 +120,17 @@ def test_without_anchors_nothing_is_pseudo_labelled_and_the_record_says_so(empty
     assert label.provenance.calibration is None
 
 
+@pytest.mark.parametrize("other", [("space-2", "codes-1"), ("space-1", "codes-2")])
+def test_anchors_of_another_space_are_none(other):
+    world = World()
+    anchors = anchor_set(world.anchors, other, DIM, LEVELS, Config())
+    label = make_label(joined(["i1"], {}), 0, anchors, None, world.lookup, VERSIONS)
+    assert (label.outcome, label.unexposed.item, label.provenance.anchors_version) == ("no_anchors", [], None)
+
+
 def test_everything_exposed_or_unknown_is_a_label_without_unexposed_items():
     world = World()
-    anchors = anchor_set(world.anchors, DIM, LEVELS, Config())
+    anchors = anchor_set(world.anchors, SPACE, DIM, LEVELS, Config())
     label = make_label(joined(["i1", "zzz"], {"i1": False}), 0, anchors, None, world.lookup, VERSIONS)
     assert label.unexposed.item == []
     assert label.exposed.score[0] is not None
@@ -131,7 +140,7 @@ def test_everything_exposed_or_unknown_is_a_label_without_unexposed_items():
 
 def test_a_score_does_not_depend_on_the_other_candidates():
     world = World()
-    anchors = anchor_set(world.anchors, DIM, LEVELS, Config())
+    anchors = anchor_set(world.anchors, SPACE, DIM, LEVELS, Config())
     every = make_label(joined([f"i{n}" for n in range(40)], {}), 0, anchors, None, world.lookup, VERSIONS)
     for n in (0, 17, 39):
         alone = make_label(joined([f"i{n}"], {}), 0, anchors, None, world.lookup, VERSIONS)
@@ -141,7 +150,7 @@ def test_a_score_does_not_depend_on_the_other_candidates():
 
 def test_a_revision_keeps_the_digest_and_a_changed_click_does_not():
     world = World()
-    anchors = anchor_set(world.anchors, DIM, LEVELS, Config())
+    anchors = anchor_set(world.anchors, SPACE, DIM, LEVELS, Config())
     args = (0, anchors, None, world.lookup, VERSIONS)
     first = make_label(joined(["i1", "i2"], {"i1": False}), *args)
     again = make_label(joined(["i1", "i2"], {"i1": False}), *args)
@@ -170,19 +179,19 @@ def test_no_calibration_in_force_is_the_linear_map():
 def test_anchor_columns_that_do_not_fit_are_refused():
     record = anchors_record(np.random.default_rng(0), 3)
     with pytest.raises(ValueError, match="vector"):
-        anchor_set(contracts.msgspec.structs.replace(record, vectors=b"123"), DIM, LEVELS, Config())
+        anchor_set(contracts.msgspec.structs.replace(record, vectors=b"123"), SPACE, DIM, LEVELS, Config())
     with pytest.raises(ValueError, match="logprobs"):
-        anchor_set(contracts.msgspec.structs.replace(record, logprob=[-1.0]), DIM, LEVELS, Config())
+        anchor_set(contracts.msgspec.structs.replace(record, logprob=[-1.0]), SPACE, DIM, LEVELS, Config())
 
 
 def test_provenance_tells_the_anchors_content_and_the_code_that_labelled():
     world = World()
-    anchors = anchor_set(world.anchors, DIM, LEVELS, Config())
+    anchors = anchor_set(world.anchors, SPACE, DIM, LEVELS, Config())
     label = make_label(joined(["i1"], {}), 0, anchors, None, world.lookup, VERSIONS)
     assert (label.provenance.anchors_digest, label.provenance.code) == (anchors.digest, code_version())
     # The same refresh answered twice, over another catalogue.
     other = contracts.msgspec.structs.replace(world.anchors, logprob=[-1.0] * 5)
-    assert anchor_set(other, DIM, LEVELS, Config()).digest != anchors.digest
+    assert anchor_set(other, SPACE, DIM, LEVELS, Config()).digest != anchors.digest
     nothing = make_label(joined(["i1"], {}), 0, None, None, world.lookup, VERSIONS)
     assert nothing.provenance.anchors_digest is None
 
