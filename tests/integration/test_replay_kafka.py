@@ -114,7 +114,9 @@ def test_a_workers_labels_are_replayed_compared_explained_and_captured(
         # The worker still runs: reading beside it moves nobody's offsets and writes nowhere.
         assert ends(kafka) == logged
         after = groups(kafka)
-        assert all(before.get(name) == offsets for name, offsets in after.items()), "a group of replay's, or moved by it"
+        assert all(before.get(name) == offsets for name, offsets in after.items()), (
+            "a group of replay's, or moved by it"
+        )
         # Those of tests that are over may expire meanwhile.
         assert {name for name in before if name.startswith(kafka.group_prefix)} <= after.keys()
     assert (found["requests"], found["identical"]) == (REQUESTS, REQUESTS)
