@@ -1,0 +1,110 @@
+"""What the pages show is what the system has: tables, links, and Python that runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import kafka
+import numpy as np
+import pytest
+
+from gpl.index.edge import EdgeIndex
+from streams import log_view, worker
+from streams.contracts import TOPIC_RECORDS, ItemVector, decode, encode
+from streams.frame import Frame
+from streams.settings import IndexSettings, KafkaSettings, Settings
+from streams.topics import TOPICS
+from streams.views import vector_bytes
+
+ROOT = Path(__file__).parents[1]
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def snippets(text: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_between_pages_lead_somewhere(page: str):
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", PAGES[page]):
+        assert (ROOT / "docs" / target).exists(), target
+
+
+def test_the_table_of_topics_is_that_of_the_code():
+    rows = re.findall(
+        r"^\| `([a-z-]+)` \| [^|]+ \| (\w+) \| ([^|]+) \| [^|]+ \| [^|]+ \|$", PAGES["deploy.md"], re.MULTILINE
+    )
+    kafka_settings = KafkaSettings()
+    assert {name: (partitions, cleanup.strip()) for name, partitions, cleanup in rows} == {
+        spec.name: ("1" if spec.single else "N", _cleanup(spec.configs(kafka_settings))) for spec in TOPICS
+    }
+    assert f"`kafka.partitions` ({kafka_settings.partitions})" in PAGES["deploy.md"]
+    assert f"# {len(TOPICS)} created" in PAGES["deploy.md"]
+
+
+def _cleanup(config: dict[str, str]) -> str:
+    lag, retention = config.get("min.compaction.lag.ms"), config.get("retention.ms")
+    more = (
+        ", after a day"
+        if lag == str(24 * 3600 * 1000)
+        else f", {int(retention) // 86_400_000} days"
+        if retention
+        else ""
+    )
+    return config["cleanup.policy"] + more
+
+
+def test_what_the_producer_sends_is_what_the_topics_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    sent: list[tuple[str, bytes, bytes]] = []
+
+    class Producer:
+        def __init__(self, **options: Any) -> None:
+            pass
+
+        def send(self, topic: str, key: bytes, value: bytes) -> Any:
+            sent.append((topic.removeprefix("gpl."), key, value))
+            return type("Sent", (), {"get": lambda self, timeout: None})()
+
+    monkeypatch.setattr(kafka, "KafkaProducer", Producer)
+    monkeypatch.chdir(tmp_path)
+    items = re.findall(r"^items\.jsonl +(\{.*\})$", PAGES["data-format.md"], flags=re.MULTILINE)
+    Path("data").mkdir()
+    Path("data/items.jsonl").write_text("".join(f"{item}\n" for item in items))
+    exec(snippets(PAGES["deploy.md"])[0], {})
+    assert [topic for topic, _, _ in sent] == ["items", "items", "recalls", "feedback", "feedback"]
+    for topic, key, value in sent:
+        record: Any = decode(TOPIC_RECORDS[topic], value)
+        assert key.decode() == (record.item_id if topic == "items" else record.user_id)
+
+
+def test_the_index_is_refilled_from_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(3, 8)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    frame = Frame(8, 2, "space-1", "codes-1")
+
+    class View:
+        def __init__(self, _: KafkaSettings, handlers: dict[str, Any]) -> None:
+            self.handler = handlers["item-vectors"]
+
+        def warm_up(self) -> None:
+            for n, vector in enumerate(vectors):
+                value = encode(
+                    ItemVector(f"i{n}", vector_bytes(vector), [n, 0], "content", frame.encoder, frame.quantiser)
+                )
+                self.handler(type("Record", (), {"key": b"", "value": value})())
+
+    index = IndexSettings(path=tmp_path / "index")
+    monkeypatch.setattr("streams.settings.load", lambda: Settings(index=index))
+    monkeypatch.setattr(Frame, "load", lambda _: frame)
+    monkeypatch.setattr(log_view, "LogView", View)
+    namespace: dict[str, Any] = {}
+    exec(snippets(PAGES["deploy.md"])[1], namespace)
+    opened = worker.open_index(index, frame.dim, frame.encoder)
+    assert isinstance(opened, EdgeIndex)
+    np.testing.assert_allclose(opened.retrieve(["i1"])["i1"], vectors[1], atol=1e-6)
+    assert opened.count() == 3
+    opened.close()
