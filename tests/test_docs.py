@@ -10,8 +10,11 @@ import kafka
 import numpy as np
 import pytest
 
+from gpl import fit
 from gpl.index.edge import EdgeIndex
+from gpl.labels import evidence
 from streams import log_view, worker
+from streams.bench.command import app as bench_app
 from streams.contracts import TOPIC_RECORDS, ItemVector, decode, encode
 from streams.frame import Frame
 from streams.settings import IndexSettings, KafkaSettings, Settings
@@ -108,3 +111,41 @@ def test_the_index_is_refilled_from_the_log(tmp_path: Path, monkeypatch: pytest.
     np.testing.assert_allclose(opened.retrieve(["i1"])["i1"], vectors[1], atol=1e-6)
     assert opened.count() == 3
     opened.close()
+
+
+def test_the_python_of_the_readme_labels():
+    (code,) = snippets(README)
+    namespace: dict[str, Any] = {}
+    exec(code, namespace)
+    label, confidence = namespace["labelled"].label, namespace["labelled"].confidence
+    assert label.round(2).tolist() == pytest.approx([0.99, 0.0, 0.0, 1.0], abs=0.02)
+    assert ((confidence > 0) & (confidence <= 1)).all()
+
+
+def test_the_readme_leads_to_every_page():
+    index = README.partition("## All pages")[2]
+    assert set(re.findall(r"\]\(docs/([^)#]+)\)", index)) == set(PAGES)
+
+
+def test_the_readme_names_every_bench_and_the_least_that_is_needed():
+    names = {command.name or command.callback.__name__ for command in bench_app.registered_commands}
+    assert set(re.search(r"^gpl bench (\S+)", README, re.MULTILINE)[1].split("|")) == names
+    settings, table = Settings(), PAGES["data-format.md"]
+    assert f"{fit.MIN_SEQUENCES} users with two clicks" in table
+    assert f"{fit.MIN_CALIBRATION} exposures, {fit.MIN_CALIBRATION // 10} clicked" in table
+    assert f"{settings.profiles.min_positives} clicks in the stream" in table
+    assert f"{settings.trainer.publish_min_records} labelled requests" in table
+    assert f"at least {evidence._MIN_USERS} users" in table
+
+
+@pytest.mark.parametrize("page", ["README.md", *PAGES])
+def test_headings_that_links_name_are_there(page: str):
+    text = README if page == "README.md" else PAGES[page]
+    for target, heading in re.findall(r"\]\((?!http)([^)#]*)#([^)]+)\)", text):
+        lines = PAGES[target.removeprefix("docs/") or page].splitlines()
+        found = {
+            re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
+            for line in lines
+            if line.startswith("#")
+        }
+        assert heading in found, f"{target}#{heading}"
