@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ from gpl.index.edge import EdgeIndex
 from gpl.labels import evidence
 from streams import log_view, worker
 from streams.bench.command import app as bench_app
-from streams.contracts import TOPIC_RECORDS, ItemVector, decode, encode
+from streams.contracts import TOPIC_RECORDS, Calibration, Item, ItemVector, Provenance, decode, encode
 from streams.frame import Frame
+from streams.replay.record import capture
+from streams.replay.run import Replay, Setup
 from streams.settings import IndexSettings, KafkaSettings, Settings
 from streams.topics import TOPICS
 from streams.views import vector_bytes
+from tests.streams.replay_world import EVERYTHING, FRAME, SETTINGS, World, unit
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
@@ -136,6 +140,37 @@ def test_the_readme_names_every_bench_and_the_least_that_is_needed():
     assert f"{settings.profiles.min_positives} clicks in the stream" in table
     assert f"{settings.trainer.publish_min_records} labelled requests" in table
     assert f"at least {evidence._MIN_USERS} users" in table
+
+
+def test_the_python_and_the_keys_of_explain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    world = World(1)
+    for item in world.items:
+        world.log.put("items", item, encode(Item(item, f"text of {item}")))
+    world.send(world.events(30))
+    world.record()
+    world.put_item("item-3", unit(world.rng, 1)[0])
+    whole = Replay(world.log, EVERYTHING, Setup.of(SETTINGS, FRAME))
+    capture(world.log, EVERYTHING, SETTINGS, tmp_path / "saved", whole)
+    monkeypatch.chdir(tmp_path)
+    (code,) = snippets(PAGES["replay.md"])
+    namespace: dict[str, Any] = {}
+    exec(code, namespace)
+    assert namespace["story"]["verdict"]["equal"] is False
+    table = PAGES["replay.md"].partition("## Explain")[2].partition("\n## ")[0]
+    keys = set(re.findall(r"`([a-z_]+)`", table))
+    assert set(_keys(namespace["story"])) - {"catalogue"} - set(Calibration.__struct_fields__) - set(
+        Provenance.__struct_fields__
+    ) <= keys | {"dispersion", "history", "generation"}
+
+
+def _keys(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, one in value.items():
+            yield key
+            yield from _keys(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _keys(one)
 
 
 @pytest.mark.parametrize("page", ["README.md", *PAGES])
