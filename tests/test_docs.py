@@ -14,7 +14,7 @@ import pytest
 from gpl import fit
 from gpl.index.edge import EdgeIndex
 from gpl.labels import evidence
-from streams import log_view, worker
+from streams import log_view
 from streams.bench.command import app as bench_app
 from streams.contracts import TOPIC_RECORDS, Calibration, Item, ItemVector, Provenance, decode, encode
 from streams.frame import Frame
@@ -110,7 +110,7 @@ def test_the_index_is_refilled_from_the_log(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(log_view, "LogView", View)
     namespace: dict[str, Any] = {}
     exec(snippets(PAGES["deploy.md"])[1], namespace)
-    opened = worker.open_index(index, frame.dim, frame.encoder)
+    opened = namespace["index"]
     assert isinstance(opened, EdgeIndex)
     np.testing.assert_allclose(opened.retrieve(["i1"])["i1"], vectors[1], atol=1e-6)
     assert opened.count() == 3
