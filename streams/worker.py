@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import signal
 import sys
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -19,13 +20,14 @@ from threadpoolctl import threadpool_limits
 
 from gpl.artefacts import Artefacts
 from gpl.catalogue import Catalogue
-from gpl.index.base import VectorIndex
+from gpl.index.base import VectorIndex, batches
 from gpl.space import PRECOMPUTED, SentenceEncoder
 from streams import calibrations, metrics
 from streams.contracts import ItemVector
 from streams.labels.agent import LabelsRole
 from streams.labels.catalogue import CatalogueRole
 from streams.labels.matrix import RecalledVectors
+from streams.labels.outage import when_available
 from streams.labels.record import Versions
 from streams.liveness import health_of
 from streams.log_view import Handler, LogView
@@ -37,6 +39,9 @@ from streams.views import CatalogueView, vectors_from
 log = structlog.get_logger()
 
 RoleName = Literal["profiles", "anchors", "labels", "all"]
+
+FILL = 1_000
+"""Items that are looked for in an index server at a time."""
 
 
 def open_index(settings: IndexSettings, dim: int, version: str) -> VectorIndex:
@@ -74,6 +79,7 @@ class Worker:
         self._log: LogView | None = None
         self._handlers: dict[str, Handler] = {"item-vectors": self._view}
         self._index: VectorIndex | None = None
+        self._index_whole = settings.index.kind == "edge" or "labels" not in wanted
         self._recalled: RecalledVectors | None = None
         self._changes: dict[str, ItemVector | None] = {}
         self._roles: list[Role[Any]] = []
@@ -141,7 +147,23 @@ class Worker:
         )
 
     def _ready(self) -> bool:
-        return self._log is not None and self._log.ready
+        return self._log is not None and self._log.ready and self._index_whole
+
+    async def _fill_index(self, log_view: LogView, index: VectorIndex) -> None:
+        """Give a server back what the log says that it holds, when it has lost points: a new disk, an old backup."""
+        try:
+            while not log_view.ready:
+                await asyncio.sleep(0.05)
+            held = await when_available(index.count, lambda: True)
+            if held is not None and held < len(self._catalogue):
+                log.warning("the index has lost items and is filled again", held=held, items=len(self._catalogue))
+                for some in batches(self._catalogue.ids(), FILL):
+                    ids, vectors = self._catalogue.lookup(some)
+                    sids = self._catalogue.sids[self._catalogue.rows(ids)]
+                    await when_available(partial(_put_missing, index, ids, vectors, sids), lambda: True)
+            self._index_whole = True
+        except Exception as error:
+            self._fail(error)
 
     def _look_again(self) -> None:
         if self._log is not None:
@@ -182,6 +204,9 @@ class Worker:
             await asyncio.to_thread(calibrations.publish_first, self._settings.kafka, self._artefacts.calibration)
         self._log = await asyncio.to_thread(LogView, self._settings.kafka, self._handlers)
         following = asyncio.ensure_future(self._log.follow(self._apply_changes))
+        filling = None
+        if self._index is not None and not self._index_whole:
+            filling = asyncio.ensure_future(self._fill_index(self._log, self._index))
         try:
             await asyncio.gather(*(role.start() for role in self._roles))
             log.info("worker started", roles=[role.name for role in self._roles], items=len(self._catalogue))
@@ -194,12 +219,21 @@ class Worker:
             if self._failed.done():
                 self._failed.result()
         finally:
+            if filling is not None:
+                filling.cancel()
             await asyncio.gather(*(role.stop() for role in self._roles), return_exceptions=True)
             self._log.stop()
             with contextlib.suppress(Exception):
                 await following
             if self._index is not None:
                 self._index.close()
+
+
+def _put_missing(index: VectorIndex, ids: list[str], vectors: NDArray[np.float32], sids: NDArray[np.int32]) -> None:
+    found = index.retrieve(ids)
+    lost = [n for n, item_id in enumerate(ids) if item_id not in found]
+    if lost:
+        index.upsert([ids[n] for n in lost], vectors[lost], sids[lost])
 
 
 def _torch_on_one_thread() -> None:

@@ -8,21 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import kafka
-import numpy as np
 import pytest
 
 from gpl import fit
-from gpl.index.edge import EdgeIndex
 from gpl.labels import evidence
-from streams import log_view
 from streams.bench.command import app as bench_app
-from streams.contracts import TOPIC_RECORDS, Calibration, Item, ItemVector, Provenance, decode, encode
-from streams.frame import Frame
+from streams.contracts import TOPIC_RECORDS, Calibration, Item, Provenance, decode, encode
 from streams.replay.record import capture
 from streams.replay.run import Replay, Setup
-from streams.settings import IndexSettings, KafkaSettings, Settings
+from streams.settings import KafkaSettings, Settings
 from streams.topics import TOPICS
-from streams.views import vector_bytes
 from tests.streams.replay_world import EVERYTHING, FRAME, SETTINGS, World, unit
 
 ROOT = Path(__file__).parents[1]
@@ -85,36 +80,6 @@ def test_what_the_producer_sends_is_what_the_topics_take(tmp_path: Path, monkeyp
     for topic, key, value in sent:
         record: Any = decode(TOPIC_RECORDS[topic], value)
         assert key.decode() == (record.item_id if topic == "items" else record.user_id)
-
-
-def test_the_index_is_refilled_from_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    rng = np.random.default_rng(0)
-    vectors = rng.normal(size=(3, 8)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    frame = Frame(8, 2, "space-1", "codes-1")
-
-    class View:
-        def __init__(self, _: KafkaSettings, handlers: dict[str, Any]) -> None:
-            self.handler = handlers["item-vectors"]
-
-        def warm_up(self) -> None:
-            for n, vector in enumerate(vectors):
-                value = encode(
-                    ItemVector(f"i{n}", vector_bytes(vector), [n, 0], "content", frame.encoder, frame.quantiser)
-                )
-                self.handler(type("Record", (), {"key": b"", "value": value})())
-
-    index = IndexSettings(path=tmp_path / "index")
-    monkeypatch.setattr("streams.settings.load", lambda: Settings(index=index))
-    monkeypatch.setattr(Frame, "load", lambda _: frame)
-    monkeypatch.setattr(log_view, "LogView", View)
-    namespace: dict[str, Any] = {}
-    exec(snippets(PAGES["deploy.md"])[1], namespace)
-    opened = namespace["index"]
-    assert isinstance(opened, EdgeIndex)
-    np.testing.assert_allclose(opened.retrieve(["i1"])["i1"], vectors[1], atol=1e-6)
-    assert opened.count() == 3
-    opened.close()
 
 
 def test_the_python_of_the_readme_labels():

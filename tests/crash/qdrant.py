@@ -45,6 +45,16 @@ class Server(grpc.PointsServicer, grpc.CollectionsServicer):
     def stop(self) -> None:
         self._server.stop(0).wait()
 
+    def lose(self, share: float) -> None:
+        """So much of what it holds is gone, as with an old backup."""
+        with self._lock:
+            gone = sorted(self._names)[: int(share * len(self._names))]
+            self._edge.delete([self._names.pop(point) for point in gone])
+
+    def count(self) -> int:
+        with self._lock:
+            return self._edge.count()
+
     def __enter__(self) -> Server:
         self.start()
         return self

@@ -50,5 +50,9 @@ def test_an_index_that_is_away_delays_labels_and_changes_none(
             sender.finish()
             outcome = until_same(follower, reference)
             assert workers[0].metric("gpl_index_unavailable_total") > 0
+            server.lose(0.5)
+            assert server.count() < ITEMS
+            fleet.kill(0)
+            wait_for("the index to be whole again", lambda: server.count() == ITEMS)
         assert outcome.twice == []
         assert [worker.failures for worker in workers] == [0, 0, 0]
