@@ -94,7 +94,6 @@ def train(
     """Run the incremental trainer until SIGTERM. Under torchrun each process is a rank."""
     from streams.trainer import group, loop, start
     from streams.trainer import ranks as processes
-    from streams.trainer.checkpoint import CheckpointError
 
     try:
         start.StartFrom.parse(start_from, skip_to)
@@ -112,7 +111,7 @@ def train(
                 start_from, skip_to = "latest", None
             with group.Processes.from_environment() or group.Alone() as own:
                 loop.serve(settings, stop, start_from, skip_to, own)
-        except (CheckpointError, loop.TrainingDivergedError, processes.RankFailedError) as error:
+        except (*loop.CLEAR, processes.RankFailedError) as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from error
 
@@ -159,10 +158,11 @@ def _clear_errors() -> Iterator[None]:
 
     from gpl.artefacts import ArtefactsError
     from gpl.index.base import IndexUnavailable
+    from streams.metrics import AddressError
 
     try:
         yield
-    except (FileNotFoundError, ArtefactsError, IndexUnavailable, TopicMissingError, KafkaError) as error:
+    except (FileNotFoundError, ArtefactsError, IndexUnavailable, TopicMissingError, AddressError, KafkaError) as error:
         name = "" if str(error) else f"{type(error).__name__} "
         typer.echo(f"error: {name}{error}", err=True)
         raise typer.Exit(1) from error

@@ -163,6 +163,10 @@ SERVED_MODEL_TIME = Gauge(
 )
 
 
+class AddressError(OSError):
+    """An address that cannot be listened on; the message names the settings."""
+
+
 class Health:
     """What ``/health`` and ``/ready`` answer from. Thread-safe."""
 
@@ -226,7 +230,7 @@ class _QuietHandler(WSGIRequestHandler):
 def serve(host: str, port: int, health: Health) -> tuple[int, Callable[[], None]]:
     """Answer /metrics, /health and /ready in a daemon thread.
 
-    Returns the port in use and a function that stops the server. Raises OSError when the port is taken.
+    Returns the port in use and a function that stops the server. Raises AddressError when the port is taken.
     """
     metrics_app = make_wsgi_app()
 
@@ -247,7 +251,10 @@ def serve(host: str, port: int, health: Health) -> tuple[int, Callable[[], None]
         start_response(status, [("Content-Type", "application/json")])
         return [json.dumps({"ok": ok, **problem}).encode()]
 
-    server = make_server(host, port, app, server_class=_Server, handler_class=_QuietHandler)
+    try:
+        server = make_server(host, port, app, server_class=_Server, handler_class=_QuietHandler)
+    except OSError as error:
+        raise AddressError(f"metrics.host, metrics.port: {host}:{port}: {error.strerror}") from error
     thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
     thread.start()
 

@@ -210,7 +210,9 @@ class DeadLetterSettings(Section):
 
 class TrainerSettings(Section):
     checkpoints: Location = Field(
-        Path("runs/checkpoints"), description="a directory, or a URL such as s3://bucket/path"
+        Path("runs/checkpoints"),
+        description="a directory, or a URL such as s3://bucket/path; of exactly one `gpl train`. A second one does not "
+        "start on the same directory; in a store of objects nothing keeps it out",
     )
     models: Location = Field(Path("runs/models"), description="the same; scorers must reach it too")
     model_name: str = Field("preranker", description="under which models are announced, and which scorers serve")

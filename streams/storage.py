@@ -2,25 +2,34 @@
 
 A named directory is whole or absent. Locally it is written aside, fsynced and renamed. An object store has no
 rename, so the file that names and checks the others (the manifest) is written last and removed first: without it
-the directory counts as absent. One writer per location is assumed; readers may be many.
+the directory counts as absent. One writer per location; readers may be many. A local directory can be held by its
+writer; in an object store one writer is assumed.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import fsspec
+import structlog
 from pydantic import BeforeValidator
 
 from streams.durable import clear_aside, sync_directory, write_directory
+
+log = structlog.get_logger()
+
+
+class InUseError(RuntimeError):
+    """A location that another writer holds."""
 
 
 def _location(value: Any) -> Any:
@@ -33,6 +42,11 @@ Location = Annotated[Path | str, BeforeValidator(_location)]
 
 class Storage(Protocol):
     """Named directories of a few files each, and single files beside them, below one location."""
+
+    def held(self) -> AbstractContextManager[None]:
+        """Keep other writers out for as long as it is open. Raises InUseError when one is there. Where a store has no
+        locks it keeps nobody out."""
+        ...
 
     def recover(self) -> None:
         """Remove what a killed writer left half-written. For the one writer, at its start."""
@@ -92,6 +106,21 @@ class LocalStorage:
     def __init__(self, root: Path) -> None:
         self._root = root
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        self._root.mkdir(parents=True, exist_ok=True)
+        # The kernel lets go of it when the process ends, however it ends; so the file may stay.
+        with (self._root / ".lock").open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InUseError(f"{self._root} is in use") from None
+            except OSError as error:
+                log.warning(
+                    "this file system has no locks: one writer is assumed", path=str(self._root), why=str(error)
+                )
+            yield
+
     def recover(self) -> None:
         clear_aside(self._root)
 
@@ -138,6 +167,9 @@ class ObjectStorage:
         self._fs, root = fsspec.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)
         self._root = root.rstrip("/")
         self._url = url.rstrip("/")
+
+    def held(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def recover(self) -> None:
         pass  # what was written without its last file is absent, and is replaced when its name is written again

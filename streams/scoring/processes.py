@@ -26,6 +26,7 @@ from threadpoolctl import threadpool_limits
 
 from streams.frame import Frame
 from streams.liveness import health_of
+from streams.metrics import AddressError
 from streams.scoring.scorer import Scorer
 from streams.scoring.server import MULTIPROCESS, create_app
 from streams.settings import Settings
@@ -43,7 +44,7 @@ SWITCH_SECONDS = 0.0005
 def run(settings: Settings, frame: Frame | None = None) -> None:
     """Serve until SIGTERM or SIGINT; requests in flight are answered. ``frame`` as of ``Scorer``.
 
-    Raises OSError when the port is taken.
+    Raises AddressError when the port is taken.
     """
     frame = frame or Frame.load(settings.artefacts)
     if settings.serve.workers == 1:
@@ -104,7 +105,7 @@ def _bound(settings: Settings, shared: bool) -> socket.socket:
         listener.bind((serve.host, serve.port))
     except OSError as error:
         listener.close()
-        raise OSError(error.errno, f"serve.host, serve.port: {serve.host}:{serve.port}: {error.strerror}") from error
+        raise AddressError(f"serve.host, serve.port: {serve.host}:{serve.port}: {error.strerror}") from error
     return listener
 
 

@@ -34,7 +34,7 @@ _HOUR_MS = 3_600_000
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is damaged or incomplete; the message says how."""
+    """A checkpoint that is damaged or incomplete, or does not fit the settings; the message says how."""
 
 
 @dataclass(frozen=True)

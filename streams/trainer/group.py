@@ -26,6 +26,10 @@ def owner(partition: int, ranks: int) -> int:
     return partition % ranks
 
 
+class RankGoneError(RuntimeError):
+    """Another rank has ended, so this one gets no answer."""
+
+
 class Group(AbstractContextManager["Group"], Protocol):
     """The ranks as one of them sees them."""
 
@@ -33,7 +37,7 @@ class Group(AbstractContextManager["Group"], Protocol):
     ranks: int
 
     def gather(self, data: bytes) -> list[bytes]:
-        """What each rank gave, in rank order. Every rank must call it. Raises RuntimeError when a rank has ended."""
+        """What each rank gave, in rank order. Every rank must call it. Raises RankGoneError."""
 
     def each(self, compute: Callable[[int], Part]) -> Sequence[Part]:
         """``compute(rank)`` of every rank, in rank order, each computed by that rank."""
@@ -69,6 +73,12 @@ class Processes:
         return cls(int(os.environ["RANK"]), ranks, "env://") if ranks > 1 else None
 
     def gather(self, data: bytes) -> list[bytes]:
+        try:
+            return self._gather(data)
+        except RuntimeError as error:
+            raise RankGoneError(f"rank {self.rank}: another one has ended: {error}") from error
+
+    def _gather(self, data: bytes) -> list[bytes]:
         sizes = [torch.zeros((), dtype=torch.int64) for _ in range(self.ranks)]
         dist.all_gather(sizes, torch.tensor(len(data)))
         longest = max(int(size) for size in sizes)

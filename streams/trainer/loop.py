@@ -26,11 +26,11 @@ from streams.frame import Frame
 from streams.kafka import producer
 from streams.liveness import health_of
 from streams.settings import Settings
-from streams.storage import open_storage
+from streams.storage import InUseError, open_storage
 from streams.topics import full_name
 from streams.trainer import intake
 from streams.trainer.batch_journal import Batch, BatchJournal, Run, ranges, software
-from streams.trainer.checkpoint import Checkpoint, CheckpointStore
+from streams.trainer.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from streams.trainer.columns import Columns
 from streams.trainer.exported import export
 from streams.trainer.gate import Refusal
@@ -56,11 +56,25 @@ class TrainingDivergedError(RuntimeError):
     """The model's weights or scores are no numbers any more; nothing of it was saved or published."""
 
 
+CLEAR = (CheckpointError, InUseError, metrics.AddressError, TrainingDivergedError)
+"""Errors that an operator can put right: their message says all."""
+
+
 def serve(settings: Settings, stop: threading.Event, start_from: str, skip_to: str | None, group: Group) -> None:
-    """``run`` with metrics and health over HTTP; in a group those of rank 0."""
+    """``run`` as the one trainer of its checkpoints, with metrics and health over HTTP; in a group both are rank 0's.
+
+    Raises InUseError beside another trainer, AddressError, and as ``run``.
+    """
     health = health_of(settings.metrics)
     with ExitStack() as opened:
         if group.rank == 0:
+            try:
+                opened.enter_context(open_storage(settings.trainer.checkpoints).held())
+            except InUseError as error:
+                raise InUseError(
+                    f"trainer.checkpoints: {error}; exactly one `gpl train` per trainer.checkpoints (more processes "
+                    "that train as one: --ranks)"
+                ) from error
             _, close = metrics.serve(settings.metrics.host, settings.metrics.port, health)
             opened.callback(close)
         run(settings, stop, health, settings.trainer.journal, None, start_from, skip_to, group)
@@ -80,8 +94,9 @@ def run(
 
     Beats "trainer"; ready once the catalogue has been read. ``journal``: file of the evaluation journal, none without.
     ``frame``: the space of vectors and labels, by default that of the artefacts. ``group``: of ranks, by default none.
-    ``start_from``, ``skip_to``: see ``start``. Raises TrainingDivergedError, ValueError for a start that there is not,
-    and what the broker or the disk raises: a restarted process continues from the newest valid checkpoint.
+    ``start_from``, ``skip_to``: see ``start``. Raises TrainingDivergedError, CheckpointError for a start that there is
+    not, or that other settings made, and what the broker or the disk raises: a restarted process continues from the
+    newest valid checkpoint.
     """
     health = health or metrics.Health()
     health.wait_for("trainer")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.multiprocessing.spawn import ProcessException, start_processes
 
 from streams.settings import Settings
 from streams.trainer import loop
-from streams.trainer.group import Processes
+from streams.trainer.group import Processes, RankGoneError
 
 log = structlog.get_logger()
 
@@ -72,5 +73,11 @@ def _rank(
 
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, interrupted)
-    with Processes(rank, ranks, meet) as group:
-        loop.serve(settings, stop, start_from, skip_to, group)
+    try:
+        with Processes(rank, ranks, meet) as group:
+            loop.serve(settings, stop, start_from, skip_to, group)
+    except RankGoneError as error:
+        log.error("rank_without_the_others", rank=rank, why=str(error))
+        sys.exit(1)
+    except loop.CLEAR as error:
+        sys.exit(f"error: {error}" if rank == 0 else 1)  # one says it, without a traceback

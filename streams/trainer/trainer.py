@@ -32,7 +32,7 @@ from streams.settings import TrainerSettings
 from streams.trainer import probe
 from streams.trainer.batch import Prepared, Request, Rows, prepare
 from streams.trainer.calibration import CalibrationWindow
-from streams.trainer.checkpoint import Checkpoint
+from streams.trainer.checkpoint import Checkpoint, CheckpointError
 from streams.trainer.columns import Columns, columns
 from streams.trainer.dedup import DedupWindow, Trained
 from streams.trainer.evidence import SourcedEvidence
@@ -219,20 +219,11 @@ class Trainer:
     def restore(self, checkpoint: Checkpoint) -> int:
         """Take over a checkpoint. Returns the evaluation journal's length.
 
-        Raises ValueError, naming what differs, when it belongs to another space or to other settings.
+        Raises CheckpointError, naming what differs, when it belongs to another space or to other settings.
         """
-        if dict(checkpoint.versions) != self._frame.versions:
-            raise ValueError(
-                f"checkpoint of step {checkpoint.step}: versions {dict(checkpoint.versions)}, the artefacts have "
-                f"{self._frame.versions}; a new space needs new trainer.checkpoints"
-            )
+        self._check_fits(checkpoint)
         state = msgspec.json.decode(checkpoint.state, type=_State)
         for name, learner in self._learners.items():
-            if _FILES[name] not in checkpoint.tensors:
-                raise ValueError(
-                    f"trainer.shadow: true, but the checkpoint of step {checkpoint.step} was made without a shadow, "
-                    "which cannot catch up; set it to false or start from other trainer.checkpoints"
-                )
             learner.load_state_tensors(checkpoint.tensors[_FILES[name]])
         by_id = {name: tensor.numpy() for name, tensor in checkpoint.tensors["ids"].items()}
         self._users.restore(state.users, by_id["users_seen"])
@@ -249,6 +240,24 @@ class Trainer:
         self.step_count = checkpoint.step
         self.newest_event_ts = checkpoint.newest_event_ts
         return state.journal
+
+    def _check_fits(self, checkpoint: Checkpoint) -> None:
+        which = f"the checkpoint of step {checkpoint.step}"
+        if dict(checkpoint.versions) != self._frame.versions:
+            raise CheckpointError(
+                f"artefacts: versions {self._frame.versions}, {which} has {dict(checkpoint.versions)}; a new space "
+                "needs new trainer.checkpoints"
+            )
+        dim = checkpoint.tensors[_FILES[MAIN]]["users"].shape[1]
+        if dim != self._settings.dim:
+            raise CheckpointError(
+                f"trainer.dim: {self._settings.dim}, {which} has {dim}; another width needs new trainer.checkpoints"
+            )
+        if SHADOW in self._learners and _FILES[SHADOW] not in checkpoint.tensors:
+            raise CheckpointError(
+                f"trainer.shadow: true, {which} was made without a shadow, which cannot catch up; set it to false, "
+                "or it needs new trainer.checkpoints"
+            )
 
     def model(self) -> tuple[dict[str, torch.Tensor], models.Ids]:
         """The main model's weights, a copy, with the rows of the ids that live, and those ids."""

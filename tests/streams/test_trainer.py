@@ -22,7 +22,7 @@ from streams.frame import Frame
 from streams.scoring.served import Served
 from streams.settings import TrainerSettings
 from streams.trainer import intake
-from streams.trainer.checkpoint import Checkpoint, CheckpointStore
+from streams.trainer.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from streams.trainer.columns import Columns, columns
 from streams.trainer.dedup import DedupWindow, Fresh
 from streams.trainer.journal import Journal
@@ -506,10 +506,12 @@ def test_a_checkpoint_of_another_space_or_without_the_shadow_is_refused(catalogu
     trainer = Trainer(SETTINGS, FRAME, catalogue)
     train(trainer, stream(8))
     saved = trainer.checkpoint({}, 0)
-    with pytest.raises(ValueError, match="versions"):
+    with pytest.raises(CheckpointError, match=r"artefacts: versions .*encoder-2.* new trainer.checkpoints"):
         Trainer(SETTINGS, dataclasses.replace(FRAME, encoder="encoder-2"), catalogue).restore(saved)
-    with pytest.raises(ValueError, match="shadow"):
+    with pytest.raises(CheckpointError, match=r"trainer\.shadow: true"):
         Trainer(SETTINGS.model_copy(update={"shadow": True}), FRAME, catalogue).restore(saved)
+    with pytest.raises(CheckpointError, match=f"trainer.dim: {SETTINGS.dim + 1}, .* has {SETTINGS.dim};"):
+        Trainer(SETTINGS.model_copy(update={"dim": SETTINGS.dim + 1}), FRAME, catalogue).restore(saved)
 
 
 def test_diverged_training_is_neither_saved_nor_continued(catalogue: Catalogue) -> None:
