@@ -59,10 +59,10 @@ def metrics_page() -> str:
     for section, names in _declared():
         lines += ["", f"## {section}", ""]
         lines += _table(("Metric", "Type", "Labels", ""), (_metric(getattr(metrics, name)) for name in names))
-    lines += ["", "## Alerts", "", "Of `deploy/prometheus/rules.yml`; *for*: how long it must hold.", ""]
+    lines += ["", "## Alerts", "", "Of `deploy/prometheus/rules.yml`; *for*: how long the expression must hold.", ""]
     groups = yaml.safe_load((ROOT / "deploy/prometheus/rules.yml").read_text())["groups"]
     alerts = (_alert(rule) for group in groups for rule in group["rules"] if "alert" in rule)
-    lines += _table(("Alert", "Severity", "For", ""), alerts)
+    lines += _table(("Alert", "Severity", "For", "", "Expression"), alerts)
     return "\n".join(lines) + "\n"
 
 
@@ -129,7 +129,7 @@ def _alert(rule: dict[str, Any]) -> tuple[str, ...]:
     said = ". ".join(notes[key] for key in ("summary", "description") if key in notes).rstrip(".")
     said = re.sub(r"\{\{ \$labels\.(\w+) \}\}", r"*\1*", said)
     said = re.sub(r"\{\{ \$value[^}]*\}\}", "*value*", said)
-    return f"`{rule['alert']}`", rule["labels"]["severity"], rule.get("for", ""), said
+    return f"`{rule['alert']}`", rule["labels"]["severity"], rule.get("for", ""), said, f"`{rule['expr']}`"
 
 
 if __name__ == "__main__":

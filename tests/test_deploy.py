@@ -12,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
-from prometheus_client import Gauge
+from prometheus_client import Gauge, generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 from typer.main import get_command
 
@@ -165,7 +165,8 @@ def test_constraints_pin_exact_versions_and_name_no_index() -> None:
 
 def declared() -> dict[str, str]:
     """Names that a scrape can hold, with their type."""
-    names = {"up": "gauge", "process_resident_memory_bytes": "gauge", "process_cpu_seconds_total": "counter"}
+    names = {"up": "gauge"}
+    names |= dict(re.findall(r"^# TYPE (process_\w+) (\w+)$", generate_latest().decode(), re.MULTILINE))
     for metric in vars(metrics).values():
         if isinstance(metric, MetricWrapperBase):
             for family in metric.describe():
@@ -222,6 +223,34 @@ def test_alerts_say_what_happened_and_how_urgent_it_is() -> None:
     for rule in alerts:
         assert rule["labels"]["severity"] in {"page", "warn"}, rule["alert"]
         assert rule["annotations"]["summary"], rule["alert"]
+
+
+def test_nobody_is_told_to_start_a_second_trainer() -> None:
+    alerts = {rule["alert"]: rule for rule in RULES if "alert" in rule}
+    for name, rule in alerts.items():
+        if "Start another process of the role," in rule["annotations"].get("description", ""):
+            chosen = re.findall(r"gpl:consumer_lag:sum(\{[^}]*\})?", rule["expr"])
+            assert chosen and set(chosen) == {'{role!="trainer"}'}, name
+    lag, trainers = alerts["GplConsumerLag"], alerts["GplTrainerLag"]
+    assert trainers["expr"] == lag["expr"].replace('role!="trainer"', 'role="trainer"')
+    assert "--ranks" in trainers["annotations"]["description"]
+
+
+def test_a_process_that_is_started_again_and_again_is_told_of(image_settings: Settings) -> None:
+    (rule,) = (rule for rule in RULES if "changes(process_start_time_seconds" in rule["expr"])
+    jobs = re.search(r'job=~"([^"]+)"', rule["expr"])
+    assert jobs is not None and set(jobs[1].split("|")) <= set(SCRAPES)
+    # Standing still is over before an alert of the heartbeat fires, where the process then ends.
+    (stalled,) = (rule for rule in RULES if rule.get("alert") == "GplLoopStalled")
+    assert image_settings.metrics.exit_when_stalled and rule["alert"] in stalled["annotations"]["description"]
+
+
+def test_the_alertmanager_to_be_named_is_where_prometheus_reads_it() -> None:
+    text = (ROOT / "deploy/prometheus/prometheus.yml").read_text()
+    stub = re.search(r"^# alerting:\n(#   .*\n)+", text, re.MULTILINE)
+    assert stub is not None
+    named = yaml.safe_load(stub[0].replace("# ", "", 1).replace("\n# ", "\n"))
+    assert named["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"]
 
 
 def test_alerts_see_the_first_of_a_kind() -> None:
@@ -296,4 +325,4 @@ def test_reference_pages_say_what_the_code_says(path: str) -> None:
 def test_every_metric_stands_on_its_page() -> None:
     page = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
     every = [m for m in vars(metrics).values() if isinstance(m, MetricWrapperBase)]
-    assert page.count("| `gpl_") == len(every) and all(f"`{names(m)[0]}`" in page for m in every)
+    assert page.count("\n| `gpl_") == len(every) and all(f"`{names(m)[0]}`" in page for m in every)
