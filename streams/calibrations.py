@@ -1,4 +1,5 @@
-"""The calibration that `gpl fit` made, on its topic: from there labels are calibrated, replayed and explained."""
+"""Calibrations on their topic: the one that `gpl fit` made first, then those of `gpl calibrate`. From there labels are
+calibrated, replayed and explained."""
 
 from __future__ import annotations
 
@@ -9,9 +10,10 @@ import structlog
 from gpl.labels.calibration import Fitted
 from streams.contracts import Calibration, calibration_record, encode
 from streams.kafka import producer
-from streams.log_view import LogView
+from streams.log_view import Handler, LogView
 from streams.settings import KafkaSettings
 from streams.topics import full_name
+from streams.views import CalibrationView
 
 log = structlog.get_logger()
 
@@ -33,10 +35,21 @@ def publish_first(kafka: KafkaSettings, fitted: Fitted) -> None:
     Raises TopicMissingError, TimeoutError when the topic cannot be read, and what the broker raises.
     """
     there: list[Any] = []
-    view = LogView(kafka, {TOPIC: there.append})
+    _read(kafka, there.append)
+    if not there:
+        log.info("calibration_published", version=publish(kafka, fitted).version)
+
+
+def in_force(kafka: KafkaSettings, ts: int) -> Calibration | None:
+    """The calibration in force as of an event time; None when there is none. Raises as ``publish_first``."""
+    every = CalibrationView()
+    _read(kafka, every)
+    return every.at(ts)
+
+
+def _read(kafka: KafkaSettings, handler: Handler) -> None:
+    view = LogView(kafka, {TOPIC: handler})
     try:
         view.warm_up()
     finally:
         view.close()
-    if not there:
-        log.info("calibration_published", version=publish(kafka, fitted).version)

@@ -20,6 +20,7 @@ from rich.console import Console
 from streams import contracts
 from streams.bench.command import app as bench_app
 from streams.broker.command import app as broker_app
+from streams.calibrate_command import calibrate
 from streams.cli_options import ConfigOption
 from streams.data_command import validate
 from streams.demo.command import demo
@@ -51,6 +52,7 @@ app.add_typer(dlq_app, name="dlq")
 app.command()(demo)
 app.command()(validate)
 app.command()(fit)
+app.command()(calibrate)
 app.command()(backfill)
 app.command()(replay)
 app.command()(capture)

@@ -17,11 +17,9 @@ def fit(
     out: Annotated[Path | None, typer.Option("--out", help="A new directory; default: the setting artefacts.")] = None,
     seed: Annotated[int, typer.Option(help="Of the quantiser and the generator.")] = 0,
     config: ConfigOption = None,
-    publish: Annotated[bool, typer.Option(help="Put the calibration on its topic, in force from the start.")] = False,
 ) -> None:
     """Fit what labelling needs from past items and feedback: space, semantic ids, anchor generator, calibration."""
     # torch and what is built on it are loaded only where something is fitted.
-    from streams import calibrations
     from streams.fitting import fit_directory
 
     settings = load(config)
@@ -38,6 +36,3 @@ def fit(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
     typer.echo(f"artefacts written to {target}")
-    if publish:
-        calibrations.publish(settings.kafka, artefacts.calibration)
-        typer.echo("calibration published")

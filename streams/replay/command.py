@@ -86,7 +86,7 @@ def replay(
     from streams.replay.whatif import what_if
 
     with clear_errors():
-        wanted = _wanted(from_, to, last, offsets, user, topic)
+        wanted = wanted_range(from_, to, last, offsets, user, topic)
         with open_log(config, capture) as (log, settings, held):
             asked = what_if(settings, changes or ())
             if isinstance(log, CaptureLog):
@@ -138,7 +138,7 @@ def capture(
     from streams.replay.select import resolve
 
     with clear_errors(), open_log(config, None) as (log, settings, _):
-        wanted = _wanted(from_, to, last, offsets, user, topic)
+        wanted = wanted_range(from_, to, last, offsets, user, topic)
         selection = resolve(log, wanted, settings.labels)
         replay = Replay(log, selection, Setup.of(settings, log.frame), ahead_ms=_ahead(ahead, settings))
         manifest = record.capture(log, selection, settings, directory, replay)
@@ -149,9 +149,15 @@ def capture(
         _out.print(Text(said))
 
 
-def _wanted(
-    from_: str | None, to: str | None, last: str | None, offsets: str | None, user: str | None, topic: str
+def wanted_range(
+    from_: str | None,
+    to: str | None,
+    last: str | None,
+    offsets: str | None = None,
+    user: str | None = None,
+    topic: str = "recalls",
 ) -> Wanted:
+    """What these options ask for. Raises typer.BadParameter."""
     from streams.replay import select
 
     if topic not in select.TOPICS:

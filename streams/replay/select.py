@@ -163,7 +163,7 @@ def _resolve(log: Log, wanted: Wanted, labels: LabelSettings, held: Selection) -
     from_ms = 0 if wanted.from_ms is None else wanted.from_ms
     to_ms = FAR if wanted.to_ms is None else wanted.to_ms
     if wanted.last_ms is not None:
-        newest = _newest(log, labels, held)
+        newest = newest_recall(log, labels, held)
         from_ms, to_ms = max(from_ms, newest - wanted.last_ms), min(to_ms, newest + 1)
     if from_ms >= to_ms:
         raise LogError(f"the range from {time_text(from_ms)} to {time_text(to_ms)} is empty")
@@ -230,8 +230,11 @@ def event_time(entry: Entry) -> int | None:
         return None
 
 
-def _newest(log: Log, labels: LabelSettings, held: Selection) -> int:
-    """Event time of the newest recall of ``held``; those that the labels role refuses do not count."""
+def newest_recall(log: Log, labels: LabelSettings, held: Selection = Selection(0, FAR)) -> int:
+    """Event time of the newest recall of ``held``; those that the labels role refuses do not count.
+
+    Raises LogError when there is none.
+    """
     newest = []
     for partition in log.partitions("recalls"):
         # The end of a capture's partition is that of the log it was made of, and may hold none of its recalls.
@@ -240,7 +243,7 @@ def _newest(log: Log, labels: LabelSettings, held: Selection) -> int:
                 newest.append(max(times))
                 break
     if not newest:
-        raise LogError("the recalls topic holds no recall, so there is no newest one to count back from")
+        raise LogError("the recalls topic holds no recall, so there is no newest one to count from")
     return max(newest)
 
 

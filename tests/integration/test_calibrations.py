@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from typer.testing import CliRunner, Result
+
 from gpl.labels.calibration import NoCalibration, Platt
-from streams import calibrations
-from streams.contracts import Calibration, decode
+from streams import calibrations, cli
+from streams.contracts import Calibration, Exposed, Label, Provenance, Recall, Unexposed, decode, encode
+from streams.kafka import producer
 from streams.log_view import LogView
 from streams.settings import KafkaSettings
+from streams.topics import full_name
 from streams.views import CalibrationView
+from tests.crash.site import make_artefacts
 
 FITTED = Platt(2.5, -1.0, 100)
 
@@ -33,3 +40,92 @@ def test_a_topic_without_a_calibration_gets_the_fitted_one_and_another_keeps_its
     log.warm_up()
     log.close()
     assert view.at(4_999) == first[0] and view.at(5_000) == later
+
+
+START, REQUESTS = 1_700_000_000_000, 400
+TRUTH = Platt(4.0, -2.0)
+
+
+def label(n: int, clicked: list[int], score: list[float | None], revision: int = 0, config: str = "now") -> Label:
+    return Label(
+        request_id=f"r{n}",
+        revision=revision,
+        user_id=f"u{n % 100}",
+        ts=START + n * 1000,
+        outcome="labelled" if score[0] is not None else "no_anchors",
+        exposed=Exposed([f"i{i}" for i in range(len(clicked))], clicked, score),
+        unexposed=Unexposed([], [], [], []),
+        provenance=Provenance((0, n), [], 5, 0, None, None, "e", "q", "g", None, config, None),
+    )
+
+
+def some_labels() -> list[Label]:
+    """Clicks by ``TRUTH``, known with the second revision; the first hundred are of another configuration, turned round."""
+    rng, made = np.random.default_rng(5), []
+    for n in range(REQUESTS):
+        score = rng.uniform(-1, 1, 5).astype(np.float32)
+        clicked = (rng.uniform(size=5) < TRUTH.apply(score)).astype(int)
+        scores = score.astype(float).tolist()
+        if n < 100:
+            made.append(label(n, (1 - clicked).tolist(), scores, config="before"))
+            continue
+        made.append(label(n, [0] * 5, scores))
+        made.append(label(n, clicked.tolist(), scores, revision=1))
+    return [*made, label(REQUESTS, [1, 1], [None, None])]
+
+
+def figures(output: str) -> dict[str, tuple[float, float]]:
+    """Log loss and ECE of a comparison, by row."""
+    rows = [line.split() for line in output.splitlines() if line.strip().startswith(("in force", "fitted  "))]
+    return {row[0]: (float(row[-2]), float(row[-1])) for row in rows}
+
+
+def test_a_running_system_is_calibrated_anew_from_its_labels(kafka_settings: KafkaSettings, tmp_path: Path):
+    make_artefacts(tmp_path / "artefacts")
+    config = tmp_path / "gpl.toml"
+    config.write_text(f"""\
+artefacts = "{tmp_path}/artefacts"
+[kafka]
+bootstrap_servers = "{kafka_settings.bootstrap_servers}"
+prefix = "{kafka_settings.prefix}"
+""")
+
+    def gpl(*arguments: str) -> Result:
+        return CliRunner().invoke(cli.app, ["calibrate", *arguments, "--config", str(config)])
+
+    calibrations.publish_first(kafka_settings, FITTED)
+    newest = START + (REQUESTS + 5) * 1000
+    with producer(kafka_settings) as out:
+        for record in some_labels():
+            out.send(full_name(kafka_settings, "labels"), key=record.user_id.encode(), value=encode(record))
+        out.send(full_name(kafka_settings, "labels"), key=b"u1", value=b"no label")
+        # What has been asked for already keeps its calibration.
+        recall = Recall("open", "u1", newest, ["i1"])
+        out.send(full_name(kafka_settings, "recalls"), key=b"u1", value=encode(recall))
+
+    shown = gpl()
+    assert shown.exit_code == 0, (shown.output, shown.exception)
+    assert "300 requests" in shown.output and "100 of another space, generator or configuration" in shown.output
+    assert "--publish" in shown.output and len(on_topic(kafka_settings)) == 1
+    compared = figures(shown.output)
+    assert compared["fitted"][0] < compared["in"][0] and compared["fitted"][1] < compared["in"][1]
+
+    assert gpl("--publish", "--last", "400s").exit_code == 0
+    first, refitted = on_topic(kafka_settings)
+    assert (refitted.kind, refitted.ts) == ("platt", newest + 1)
+    assert abs(refitted.slope - TRUTH.slope) < 1 and abs(refitted.intercept - TRUTH.intercept) < 0.5
+    assert calibrations.in_force(kafka_settings, newest) == first
+    assert calibrations.in_force(kafka_settings, newest + 1) == refitted
+    again = figures(gpl().output)
+    assert again["in"] == again["fitted"]
+
+    assert gpl("--publish", "--method", "isotonic").exit_code == 0
+    assert on_topic(kafka_settings)[-1].kind == "isotonic"
+    for arguments, why in (
+        (("--last", "30s", "--publish"), "at least 50 and 5 are needed"),
+        (("--last", "3s"), "no label of the range"),
+    ):
+        refused = gpl(*arguments)
+        assert refused.exit_code == 1 and refused.output.startswith("error: ") and why in refused.output
+        assert refused.output.count("\n") == 1
+    assert len(on_topic(kafka_settings)) == 3
