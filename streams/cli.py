@@ -134,8 +134,11 @@ def serve(config: ConfigOption = None) -> None:
 def schemas(
     directory: Annotated[Path | None, typer.Option("--out", help="Write one file a topic there.")] = None,
 ) -> None:
-    """Print, or write, the JSON Schema of every topic's record."""
+    """Print, or write, the JSON Schema of every topic's record. Dead letters have none: any bytes."""
+    from streams.profiles.state import Profile
+
     every = {topic: contracts.json_schema(topic) for topic in contracts.TOPIC_RECORDS}
+    every["profiles"] = contracts.json_schema("profiles", Profile)  # the role's own state
     if directory is None:
         typer.echo(json.dumps(every, indent=2))
         return

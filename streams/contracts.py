@@ -261,9 +261,12 @@ TOPIC_RECORDS: dict[str, type[Record]] = {
 }
 
 
-def json_schema(topic: str) -> dict[str, Any]:
-    """JSON Schema (2020-12) of a topic's record. Raises KeyError for an unknown topic name."""
-    schema = msgspec.json.schema(TOPIC_RECORDS[topic])
+def json_schema(topic: str, record: type[Record] | None = None) -> dict[str, Any]:
+    """JSON Schema (2020-12) of a topic's record. ``record``: of a topic that ``TOPIC_RECORDS`` does not have.
+
+    Raises KeyError for an unknown topic name.
+    """
+    schema = msgspec.json.schema(record or TOPIC_RECORDS[topic])
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$id": f"gpl.{topic}.v{SCHEMA_VERSION}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -136,6 +137,20 @@ def test_the_image_copies_what_exists_and_is_not_ignored() -> None:
         assert source in allowed, f"COPY {source}: .dockerignore leaves it out"
     force_included = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert set(force_included["force-include"]) <= set(copies), "the wheel is built from these"
+
+
+def test_the_image_has_the_extras_that_are_asked_for() -> None:
+    dockerfile = (ROOT / "deploy/Dockerfile").read_text()
+    said = re.search(r'^ARG EXTRAS="(.+)"$', dockerfile, re.MULTILINE)
+    assert said is not None
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {"serve", "minilm"} <= set(said[1].split()) <= set(known)
+    assert COMPOSE["x-gpl"]["build"]["args"]["EXTRAS"] == f"${{EXTRAS:-{said[1]}}}"
+    # As the shell of the image expands it.
+    options = re.search(r"\$\(printf .+?\)", dockerfile)
+    assert options is not None
+    shell = subprocess.run(["sh", "-c", f"echo {options[0]}"], env={"EXTRAS": "serve lora"}, capture_output=True)
+    assert shell.stdout.split() == b"--extra serve --extra lora".split()
 
 
 def test_the_image_does_not_run_as_root_and_pins_what_make_pins() -> None:

@@ -60,7 +60,7 @@ def label(n: int, clicked: list[int], score: list[float | None], revision: int =
 
 
 def some_labels() -> list[Label]:
-    """Clicks by ``TRUTH``, known with the second revision; the first hundred are of another configuration, turned round."""
+    """Clicks by ``TRUTH``, known with the second revision. The first hundred: another configuration, turned round."""
     rng, made = np.random.default_rng(5), []
     for n in range(REQUESTS):
         score = rng.uniform(-1, 1, 5).astype(np.float32)
