@@ -213,6 +213,11 @@ class ModelUpdate(Record, frozen=True, omit_defaults=False):
     metrics: dict[str, float]
 
 
+def under_its_user(key: bytes | None, record: Recall | Feedback) -> bool:
+    """Whether a record came under the id of its user as key: only then it is where what it joins is."""
+    return key == record.user_id.encode()
+
+
 def calibration_record(said: dict[str, Any], ts: int = 0) -> Calibration:
     """A fitted calibration (``to_dict`` of the library's) as a record in force from ``ts`` on.
 

@@ -20,6 +20,7 @@ from kafka import TopicPartition
 from kafka.errors import KafkaError
 
 from streams import metrics
+from streams.contracts import Feedback, Recall, under_its_user
 from streams.dead_letters import Guard, Halted, Original, Refused
 from streams.faust_app import REFUSALS, OrderedAcks, Publisher, make_app, raw_topic
 from streams.intake import flush, send_the_rest, subscribe
@@ -153,6 +154,11 @@ class Role(Generic[P]):
             raise Refused(
                 "future", f"ts: {ts} is {ahead:.0f} s ahead of its Kafka timestamp, {allowed:.0f} s are allowed"
             )
+
+    def check_key(self, record: Recall | Feedback, message: Any) -> None:
+        """Refuse what is not under its user's key: it is in any partition, away from what it joins."""
+        if not under_its_user(message.key, record):
+            raise Refused("key", f"user_id: {record.user_id!r} came under the key {message.key!r}")
 
     async def refuse(self, original: Original, error: Exception, done: Callable[[], None]) -> None:
         """Give a record up to the dead letters; ``done`` acknowledges it. Raises Halted: it was one too many.

@@ -123,6 +123,7 @@ class LabelsRole(Role[Partition]):
             recall = decode(Recall, value)
             decoded = time.thread_time()
             self.check_time(recall.ts, message)
+            self.check_key(recall, message)
             partition.watermark.observe(source, recall.ts)
             if joiner.is_over(recall.ts):
                 partition.over.append((recall.request_id, Original.of(message)))
@@ -137,6 +138,7 @@ class LabelsRole(Role[Partition]):
             feedback = decode(Feedback, value)
             decoded = time.thread_time()
             self.check_time(feedback.ts, message)
+            self.check_key(feedback, message)
             late, cause = joiner.add_feedback(feedback, where), FEEDBACK
             partition.watermark.observe(source, feedback.ts)
         self.guard.accepted(message.topic, number)

@@ -121,6 +121,7 @@ class ProfilesRole(Role[Partition]):
     async def take(self, number: int, partition: Partition, source: str, message: Any) -> None:
         feedback = decode(Feedback, message.value or b"")
         self.check_time(feedback.ts, message)
+        self.check_key(feedback, message)
         partition.watermark.observe(source, feedback.ts)
         if feedback.kind == "click":
             waiting = Waiting(feedback.ts, feedback.event_id, message.offset, feedback)

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from streams.contracts import AnchorRequest, Feedback, decode
+from streams.contracts import AnchorRequest, Feedback, decode, under_its_user
 from streams.profiles.state import AnchorsInForce, Positive, Profile, VectorOf, advance, answered, apply_positive
 from streams.replay.log import Log
 from streams.replay.select import Selection, time_text
@@ -116,7 +116,7 @@ def _clicks(log: Log, partition: int, selection: Selection, max_ahead: float) ->
         except msgspec.DecodeError:
             continue
         mine = event.kind == "click" and selection.user in (None, event.user_id) and event.ts < selection.to_ms
-        if mine and event.ts - entry.kafka_ms <= max_ahead * 1000:
+        if mine and event.ts - entry.kafka_ms <= max_ahead * 1000 and under_its_user(entry.key, event):
             click = Positive(event.ts, event.event_id, event.item_id)
             found.setdefault(event.user_id, {})[event.ts, event.event_id] = click
     return {user: [clicks[at] for at in sorted(clicks)] for user, clicks in sorted(found.items())}

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from streams.contracts import Feedback, Label, Recall, decode
+from streams.contracts import Feedback, Label, Recall, decode, under_its_user
 from streams.replay.log import Entry, Log, LogError
 from streams.settings import LabelSettings
 
@@ -254,6 +254,6 @@ def _taken(log: Log, partition: int, start: int | None, labels: LabelSettings, h
             recall = decode(Recall, entry.value or b"")
         except msgspec.DecodeError:
             continue
-        ahead_ms = recall.ts - entry.kafka_ms
-        if ahead_ms <= labels.max_ahead_seconds * 1000 and held.recall(partition, entry.offset, recall):
+        taken = recall.ts - entry.kafka_ms <= labels.max_ahead_seconds * 1000 and under_its_user(entry.key, recall)
+        if taken and held.recall(partition, entry.offset, recall):
             yield recall.ts

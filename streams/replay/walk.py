@@ -13,7 +13,7 @@ from itertools import chain
 
 import msgspec
 
-from streams.contracts import Feedback, Recall, decode
+from streams.contracts import Feedback, Recall, decode, under_its_user
 from streams.replay.log import Entry, Log
 from streams.settings import LabelSettings
 from streams.watermark import END, Watermark
@@ -96,7 +96,8 @@ class Walk:
             record = decode(_KINDS[entry.topic], entry.value or b"")
         except msgspec.DecodeError:
             return None
-        return record if record.ts - entry.kafka_ms <= self._max_ahead_ms else None
+        taken = record.ts - entry.kafka_ms <= self._max_ahead_ms and under_its_user(entry.key, record)
+        return record if taken else None
 
 
 def horizon(labels: LabelSettings, to_ms: int) -> int:

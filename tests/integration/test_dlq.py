@@ -151,7 +151,7 @@ async def test_a_consumer_halts_at_its_cap_and_its_letters_can_be_sent_back(
 async def test_what_is_good_is_used_after_a_redrive(kafka_settings: KafkaSettings, config: Path) -> None:
     """A record refused as from the future is taken once its time is allowed: it is the same record to the joiner."""
     kafka = kafka_settings
-    event = Feedback("e1", "u", "i", TS * 2, "click")
+    event = Feedback("e1", KEY.decode(), "i", TS * 2, "click")
     with producer(kafka) as out:
         out.send(full_name(kafka, "feedback"), key=KEY, value=encode(event))
     async with role(kafka, DeadLetterSettings()):

@@ -215,7 +215,7 @@ def test_every_request_gets_one_right_label_and_trouble_ends_in_the_dead_letters
         send_items(kafka, vectors)
         wait_for("the catalogue", lambda: all(w.metric("gpl_catalogue_items") == ITEMS for w in workers))
         # Trouble goes in between the good records, under keys that spread over all partitions.
-        bad: list[tuple[str, bytes, bytes, str]] = [
+        bad: list[tuple[str, bytes | None, bytes, str]] = [
             ("recalls", b"k1", b"{not json", "malformed"),
             ("recalls", b"k2", b'{"request_id":"x","user_id":"u","ts":1,"candidates":["a"],"oops":1}', "invalid"),
             ("recalls", b"k3", b'{"request_id":"x","user_id":"u","ts":"soon","candidates":["a"]}', "invalid"),
@@ -225,10 +225,13 @@ def test_every_request_gets_one_right_label_and_trouble_ends_in_the_dead_letters
             ("feedback", b"k7", b'{"event_id":"x","user_id":"u","item_id":"i","ts":1,"kind":"purchase"}', "invalid"),
             (
                 "feedback",
-                b"k8",
+                b"u",
                 encode(Feedback("far", "u", "item-1", 10 * START, "click")),
                 "future",
             ),
+            ("recalls", b"k9", encode(Recall("astray", "u", START, ["item-1"])), "key"),
+            ("feedback", b"k10", encode(Feedback("astray", "u", "item-1", START, "click")), "key"),
+            ("feedback", None, encode(Feedback("nobody's", "u", "item-1", START, "click")), "key"),
             ("items", b"bad", b'{"item_id":"bad","text":"no vector"}', "item"),
             ("items", b"short", encode(Item("short", "", embedding=[1.0, 2.0])), "item"),
             ("items", b"other", encode(Item("key", "", embedding=[1.0] * DIM)), "key"),

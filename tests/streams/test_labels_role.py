@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import msgspec
 import numpy as np
+import pytest
 from faust.types import TP
 from prometheus_client import REGISTRY
 
@@ -52,7 +53,8 @@ class Site:
         )
         self.role._anchors(SimpleNamespace(value=encode(record), key=b"u", partition=0))
 
-    async def receive(self, source: str, records: list[Recall | Feedback]) -> None:
+    async def receive(self, source: str, records: list[Recall | Feedback], **given: bytes | None) -> None:
+        """``key``: by default each record's user."""
         batch = []
         for record in records:
             batch.append(
@@ -61,7 +63,7 @@ class Site:
                     partition=0,
                     offset=self._offsets[source],
                     timestamp=record.ts,
-                    key=b"u",
+                    key=given.get("key", record.user_id.encode()),
                     value=encode(record),
                     headers=(),
                 )
@@ -83,6 +85,24 @@ class Site:
 
 def _lookup(ids: list[str]) -> tuple[list[str], np.ndarray]:
     return list(ids), VECTORS[[int(i) % 4 for i in ids]]
+
+
+@pytest.mark.parametrize("key", [b"v", b"", None])
+async def test_a_record_that_is_not_under_its_users_key_is_refused(key: bytes | None) -> None:
+    site = Site(Settings())
+    site.anchors(START - DAY, 1)
+    end = START + DAY
+    click = Feedback("e0", "u", "0", START + 1, "click", "r0")
+    await site.receive("recalls", [Recall("r0", "u", START, ["0", "1"])])
+    await site.receive("feedback", [click, Feedback("e9", "other", "0", end, "impression")])
+    await site.receive(
+        "recalls", [Recall("lost", "u", START + 2, ["0", "1"]), Recall("far", "u", 2 * end, ["0"])], key=key
+    )
+    await site.receive("feedback", [Feedback("e1", "u", "1", START + 3, "click", "r0")], key=key)
+    assert site.letters == ["key"] * 3 and site.labels == {}  # event time has not been taken along
+    await site.receive("recalls", [Recall("last", "u", end, ["0"])])
+    assert site.labels.keys() == {"r0"} and site.labels["r0"].exposed.item == ["0"]
+    assert site.failures == []
 
 
 async def test_anchors_stay_as_long_as_a_request_may_ask_for_them() -> None:

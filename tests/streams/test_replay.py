@@ -155,14 +155,15 @@ def test_the_newest_recall_is_found_before_a_long_tail_that_is_refused():
     assert len(run(world.log, found)) == 6
 
 
-def test_malformed_records_and_records_from_the_future_are_counted_and_label_nothing():
+def test_malformed_records_and_those_from_the_future_or_under_another_key_are_counted_and_label_nothing():
     world = World(5)
     world.log.put("recalls", "user-0", b"{not json")
     far = Recall("far", "user-0", START + 10**9, ["item-1"])
+    world.log.put("recalls", "user-1", encode(Recall("astray", "user-0", START, ["item-1"])))
     world.send([far, *world.events(6)])
     replay = Replay(world.log, EVERYTHING, Setup.of(SETTINGS, FRAME))
     assert {r.request.recall.request_id for r in replay} == {f"r{n}" for n in range(6)}
-    assert replay.progress.refused["recalls"] == 2
+    assert replay.progress.refused["recalls"] == 3
 
 
 def test_a_recall_that_comes_when_its_retention_is_over_is_refused_and_changes_no_other_label():
