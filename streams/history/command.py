@@ -10,6 +10,7 @@ import typer
 
 from streams.cli_options import ConfigOption
 from streams.settings import load
+from streams.storage import InUseError, open_storage
 
 if TYPE_CHECKING:
     from streams.history.backfill import Outcome
@@ -40,8 +41,12 @@ def backfill(
         if publish and work.is_complete(data, out, settings):
             typer.echo(f"{out} is complete, it is only published")
         else:
-            _tell(work.backfill(data, out, settings, processes, ray, typer.echo))
+            with open_storage(settings.trainer.checkpoints).held():  # a trainer that starts meanwhile begins without it
+                _tell(work.backfill(data, out, settings, processes, ray, typer.echo))
         counts = work.publish(out, settings) if publish else {}
+    except InUseError as error:
+        typer.echo(f"error: trainer.checkpoints: {error}, by `gpl train` or another backfill", err=True)
+        raise typer.Exit(1) from error
     except (ValueError, FileNotFoundError, ImportError, KafkaError) as error:
         typer.echo(f"error: {str(error) or type(error).__name__}", err=True)
         raise typer.Exit(1) from error

@@ -35,6 +35,7 @@ from streams.settings import (
     Settings,
     TrainerSettings,
 )
+from streams.storage import open_storage
 from streams.trainer.checkpoint import CheckpointStore
 from streams.trainer.trainer import Trainer
 
@@ -306,6 +307,9 @@ def test_errors_say_what_to_do(settings: Settings, data: Path, tmp_path: Path) -
     (tmp_path / "there").mkdir()
     with pytest.raises(BackfillError, match="exists"):
         backfill(data, tmp_path / "there", settings, 1, False, lambda _: None)
+    with open_storage(settings.trainer.checkpoints).held():
+        beside = run_command(settings, str(data), "--out", str(tmp_path / "out"))
+    assert beside.exit_code == 1 and f"trainer.checkpoints: {settings.trainer.checkpoints} is in use" in beside.stderr
     (data / "recalls.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"recalls\.jsonl"):
         backfill(data, tmp_path / "out", settings, 1, False, lambda _: None)
