@@ -7,7 +7,6 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -15,22 +14,19 @@ from rich.table import Table
 from streams.bench.stream import Delay, Throughput
 from streams.bench.worker import STAGES
 from streams.bench.workload import Load
+from streams.storage import LocalStorage
 
 
-def write(
-    path: Path, load: Load, limit: dict[str, float], runs: Sequence[Throughput], delays: Sequence[Delay]
-) -> dict[str, Any]:
-    """Write everything that was measured as JSON; what was written."""
-    said: dict[str, Any] = {
+def write(path: Path, load: Load, limit: dict[str, float], runs: Sequence[Throughput], delays: Sequence[Delay]) -> None:
+    """Write everything that was measured as JSON."""
+    said = {
         "machine": {"processor": platform.processor() or platform.machine(), "python": platform.python_version()},
         "load": asdict(load),
         "limit": limit,
         "throughput": [asdict(run) for run in runs],
         "steady": [asdict(delay) for delay in delays],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(said, indent=2) + "\n")
-    return said
+    LocalStorage(path.parent).put(path.name, (json.dumps(said, indent=2) + "\n").encode())
 
 
 def show(
@@ -57,9 +53,11 @@ def show(
     if delays:
         table = Table(title="Steady rate, one worker: from the record that closes a request to its label in the log")
         for column in (
-            "requests/s",
+            "requests/s asked",
+            "sent",
             "of processor time",
             "labels",
+            "missing",
             "p50 ms",
             "p95 ms",
             "p99 ms",
@@ -69,8 +67,9 @@ def show(
             table.add_column(column, justify="right")
         for delay in delays:
             times = (f"{value:,.0f}" for value in (delay.p50_ms, delay.p95_ms, delay.p99_ms, delay.peak_rss_mb))
-            said = (f"{rate:,.0f}" for rate in (delay.requests_per_second, delay.requests_per_cpu_second))
-            table.add_row(*said, f"{delay.labels:,}", *times, f"{delay.slope_mb_per_minute:+.2f}")
+            rates = (delay.asked, delay.sent, delay.requests_per_cpu_second)
+            said = (*(f"{rate:,.0f}" for rate in rates), f"{delay.labels:,}", f"{delay.missing:,}")
+            table.add_row(*said, *times, f"{delay.slope_mb_per_minute:+.2f}")
         console.print(table)
     console.print(
         f"The limit, gather and product of a request alone on one thread: {limit['gather_and_product']:,.0f} us "

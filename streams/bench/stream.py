@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
+import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from kafka import KafkaAdminClient, TopicPartition
@@ -21,10 +22,11 @@ from threadpoolctl import threadpool_limits
 from streams import topics
 from streams.bench import worker
 from streams.bench.workload import Load, Workload, send
+from streams.broker.process import tail
 from streams.contracts import Recall, encode
 from streams.demo.processes import Part
 from streams.kafka import client_options, consumer, producer
-from streams.labels.published import CLOSED_AT
+from streams.labels.published import CLOSED_AT, REQUEST_ID, REVISION
 from streams.settings import KafkaSettings
 from streams.topics import full_name
 
@@ -39,6 +41,12 @@ LISTS = 1_000
 HOUR_MS = 3_600_000
 WARM = 2_000
 """Requests before a backlog, in which a worker fetches the vectors of nearly all items from its index."""
+_START = 300.0
+"""Seconds for workers to become ready."""
+_STALLED = 120.0
+"""Seconds without a closed request, or a record read, after which a run is given up."""
+_PATIENCE = 60.0
+"""Seconds after the last request of a steady run in which what it closes must be labelled; the rest is missing."""
 
 
 @dataclass(frozen=True)
@@ -67,18 +75,21 @@ class Bench:
     def workers(self, kafka: KafkaSettings, name: str, count: int) -> Iterator[list[Part]]:
         """So many workers, ready to label."""
         config = self.directory / f"{name}.toml"
-        config.write_text(_CONFIG.format(bench=self, kafka=kafka, store=self.directory / name / "recalls"))
-        os.environ["GPL_CONFIG"] = str(config)
+        config.write_text(_CONFIG.format(bench=self, kafka=kafka))
         with ExitStack() as stack:
             parts = []
             for n in range(count):
                 cores = None if self.cores is None else self.cores[n % len(self.cores)]
-                part = worker.start(f"{name}-worker-{n}", self.directory, cores)
+                part = worker.start(f"{name}-worker-{n}", self.directory, cores, config)
                 stack.callback(part.stop, 20.0)
                 parts.append(part)
+            deadline = time.monotonic() + _START
             while not all(part.ready() for part in parts):
                 for part in parts:
                     part.check()
+                if time.monotonic() > deadline:
+                    logs = "\n".join(tail(part.log) for part in parts)
+                    raise TimeoutError(f"{name}: workers were not ready within {_START:.0f} s\n{logs}")
                 time.sleep(0.2)
             yield parts
 
@@ -98,7 +109,6 @@ retention_seconds = 20
 retention_wall_seconds = 5
 idle_timeout_wall_seconds = 3
 store = "{bench.store}"
-store_path = "{store}"
 """
 
 
@@ -156,27 +166,46 @@ def _warm(bench: Bench, name: str, workers: int, say: Say) -> Iterator[tuple[Kaf
         yield kafka, workload, parts
 
 
-def _until_closed(parts: list[Part], requests: int) -> float:
-    """Wait until the workers have closed so many requests since their start; the most bytes they held meanwhile."""
-    peak = 0.0
+def _until_closed(parts: list[Part], requests: int, within: float = math.inf) -> float:
+    """Wait until the workers have closed so many requests since their start, ``within`` seconds at most; the most bytes
+    they held meanwhile.
+
+    Raises TimeoutError when none of them has closed a request for long.
+    """
+    peak, closed = 0.0, -1.0
+    began = moved = looked = look = time.monotonic()
     while True:
-        for part in parts:
-            part.check()
-        readings = [worker.read(part) for part in parts]
-        peak = max(peak, sum(reading.rss for reading in readings))
-        if sum(reading.closed for reading in readings) >= requests:
-            return peak
+        peak = max(peak, sum(worker.resident(part) for part in parts))
+        now = time.monotonic()
+        if now >= look:
+            before, closed = closed, sum(worker.read(part).closed for part in parts)
+            if closed >= requests or now - began > within:
+                return peak
+            if closed > before:
+                moved = now
+            elif now - moved > _STALLED:
+                raise TimeoutError(
+                    f"no request was closed for {_STALLED:.0f} s, {requests - closed:,.0f} are left\n"
+                    + "\n".join(tail(part.log) for part in parts)
+                )
+            # An answer takes a worker's time, so it is asked once a second; sooner at the end, which is to be met.
+            speed = (closed - before) / (now - looked) if now > looked else 0.0
+            looked, look = now, now + min(1.0, max(0.1, (requests - closed) / max(speed, 1e-9)))
         time.sleep(0.1)
 
 
 @dataclass(frozen=True)
 class Delay:
     """Of labels at a steady rate: from the Kafka time of the record that closed a request to the broker's append of
-    its label, in milliseconds. ``by_minute``: (minute, median, p99); ``memory``: (minute, resident MB, requests held).
+    its label, in milliseconds. ``asked``, ``sent``: requests a second. ``labels``: those that the figures are of;
+    ``missing``: requests that were to be closed by a record and had no label when the run ended.
+    ``by_minute``: (minute, median, p99), by the time of closing; ``memory``: (minute, resident MB, requests held).
     """
 
-    requests_per_second: float
+    asked: float
+    sent: float
     labels: int
+    missing: int
     p50_ms: float
     p95_ms: float
     p99_ms: float
@@ -187,91 +216,135 @@ class Delay:
     memory: list[tuple[float, float, float]] = field(default_factory=list)
 
 
+class Sent(NamedTuple):
+    """A request that is on the log. ``ts``: ms, of event time and of the wall."""
+
+    request_id: str
+    partition: int
+    ts: int
+
+
+class Labelled(NamedTuple):
+    """First label of a request: when the request closed and when the label was appended, in ms."""
+
+    closed: int
+    appended: int
+
+
 def steady(bench: Bench, name: str, rate: float, seconds: float, say: Say) -> Delay:
     """Send requests at a rate, event time being wall time, to one worker, and take its delays and its memory."""
     memory: list[tuple[float, float, float]] = []
     with _warm(bench, name, 1, say) as (kafka, workload, (part,)):
         say(f"{name}: {rate:.0f} requests/s for {seconds / 60:.1f} minutes")
-        first, began, failed = None, time.monotonic(), []
-        began_ms = time.time() * 1000
-
-        def send_all() -> None:
+        settled, stop = WARM + kafka.partitions, threading.Event()
+        first, began, began_ms = None, time.monotonic(), time.time() * 1000
+        with ThreadPoolExecutor(1) as pool:
+            sending = pool.submit(_send_paced, kafka, workload, rate, seconds, settled, stop)
             try:
-                _send_paced(kafka, workload, rate, seconds, WARM + kafka.partitions)
-            except Exception as error:
-                failed.append(error)
-
-        sender = threading.Thread(target=send_all, daemon=True)
-        sender.start()
-        while sender.is_alive():
-            sender.join(min(5.0, seconds / 20))
-            part.check()
-            said = part.metrics().total("gpl_retained_requests") or 0.0
-            last, elapsed = worker.read(part), time.monotonic() - began
-            memory.append((elapsed / 60, last.rss / 2**20, said))
-            if first is None and elapsed > WINDOW + LATENESS:
-                first = last
-        if failed:
-            raise failed[0]
-        ended_ms = time.time() * 1000
-        time.sleep(WINDOW / 10)
-    # The first window has nothing to close, and the last requests are closed by the idle timeout, not by a record.
-    delays = _delays(kafka)
-    delays = delays[(delays[:, 0] >= began_ms + CLOSES_AFTER_MS) & (delays[:, 0] < ended_ms)]
-    p50, p95, p99 = np.percentile(delays[:, 1], (50, 95, 99)) if len(delays) else (np.nan,) * 3
+                while not sending.done():
+                    wait([sending], min(5.0, seconds / 20))
+                    last, elapsed = worker.read(part), time.monotonic() - began
+                    memory.append((elapsed / 60, worker.resident(part) / 2**20, last.held))
+                    if first is None and elapsed > WINDOW + LATENESS:
+                        first = last
+            finally:
+                stop.set()
+            sent, took = sending.result()
+        # The last requests are closed by the idle timeout; until then the worker works off what it is behind.
+        _until_closed([part], settled + len(sent), _PATIENCE)
+    expected, labelled = due(sent), _labelled(kafka)
+    found = delays(expected, labelled)
+    p50, p95, p99 = np.percentile(found[:, 1], (50, 95, 99)) if len(found) else (np.nan,) * 3
     return Delay(
-        requests_per_second=rate,
-        labels=len(delays),
+        asked=rate,
+        sent=len(sent) / took,
+        labels=len(found),
+        missing=len(expected.keys() - labelled.keys()),
         p50_ms=float(p50),
         p95_ms=float(p95),
         p99_ms=float(p99),
         requests_per_cpu_second=worker.per_cpu_second([first or last], [last]),
         peak_rss_mb=max(m[1] for m in memory),
         slope_mb_per_minute=_slope(memory),
-        by_minute=_by_minute(delays, began_ms),
+        by_minute=_by_minute(found, began_ms),
         memory=memory,
     )
 
 
-def _send_paced(kafka: KafkaSettings, workload: Workload, rate: float, seconds: float, first: int) -> None:
+def _send_paced(
+    kafka: KafkaSettings, workload: Workload, rate: float, seconds: float, first: int, stop: threading.Event
+) -> tuple[list[Sent], float]:
+    """Requests on a timetable: what came to the log, and the seconds that it took. Raises what the broker refuses."""
     # Drawn beforehand: who sends shares the machine with the worker and the broker.
     lists = [workload.candidates() for _ in range(LISTS)]
+    recalls: list[tuple[Recall, Any]] = []
     with producer(kafka) as out:
         began = time.monotonic()
         for n in range(int(rate * seconds)):
-            wait = began + n / rate - time.monotonic()
-            if wait > 0:
-                time.sleep(wait)
+            ahead = began + n / rate - time.monotonic()
+            if ahead > 0:
+                stop.wait(ahead)
+            if stop.is_set():
+                break
             for record in workload.request(first + n, int(time.time() * 1000), lists[n % LISTS]):
                 topic = "recalls" if isinstance(record, Recall) else "feedback"
-                out.send(full_name(kafka, topic), key=record.user_id.encode(), value=encode(record))
+                future = out.send(full_name(kafka, topic), key=record.user_id.encode(), value=encode(record))
+                if isinstance(record, Recall):
+                    recalls.append((record, future))
+        out.flush()
+        took = time.monotonic() - began
+        return [Sent(of.request_id, future.get(60).partition, of.ts) for of, future in recalls], took
 
 
-def _delays(kafka: KafkaSettings) -> NDArray[np.float64]:
-    """Of every label: when it was appended and how long after the record that closed its request, in milliseconds."""
+def due(sent: Sequence[Sent]) -> dict[str, int]:
+    """Request id -> its time in ms, of the requests that a later one of their partition closes."""
+    newest: dict[int, int] = {}
+    for request in sent:
+        newest[request.partition] = max(newest.get(request.partition, 0), request.ts)
+    return {one.request_id: one.ts for one in sent if one.ts + CLOSES_AFTER_MS <= newest[one.partition]}
+
+
+def delays(expected: Mapping[str, int], labelled: Mapping[str, Labelled]) -> NDArray[np.float64]:
+    """(n, 2): when a request closed and how long after that its label was appended, in ms, of those ``expected``.
+
+    One that the idle timeout closed, before a record could, is left out: nothing had to be worked off there.
+    """
+    found = [(labelled[name], ts) for name, ts in expected.items() if name in labelled]
+    rows = [(one.closed, one.appended - one.closed) for one, ts in found if one.closed >= ts + CLOSES_AFTER_MS]
+    return np.array(rows, dtype=np.float64).reshape(-1, 2)
+
+
+def _labelled(kafka: KafkaSettings) -> dict[str, Labelled]:
+    """The first label of every request on the log. Raises TimeoutError when the log cannot be read to its end."""
     reader = consumer(kafka)
     name = full_name(kafka, "labels")
-    delays: list[tuple[int, int]] = []
+    found: dict[str, Labelled] = {}
     try:
         parts = [TopicPartition(name, p) for p in sorted(reader.partitions_for_topic(name) or ())]
         reader.assign(parts)
         reader.seek_to_beginning(*parts)
-        ends = reader.end_offsets(parts)
+        ends, moved = reader.end_offsets(parts), time.monotonic()
         while any(reader.position(tp) < end for tp, end in ends.items()):
-            for batch in reader.poll(timeout_ms=500).values():
+            batches = reader.poll(timeout_ms=500)
+            if batches:
+                moved = time.monotonic()
+            elif time.monotonic() - moved > _STALLED:
+                raise TimeoutError(f"{name}: nothing could be read for {_STALLED:.0f} s")
+            for batch in batches.values():
                 for record in batch:
-                    closed_at = int(dict(record.headers)[CLOSED_AT])
-                    delays.append((record.timestamp, record.timestamp - closed_at))
+                    headers = dict(record.headers)
+                    if int(headers[REVISION]) == 0:
+                        found[headers[REQUEST_ID].decode()] = Labelled(int(headers[CLOSED_AT]), record.timestamp)
     finally:
         reader.close()
-    return np.array(delays, dtype=np.float64).reshape(-1, 2)
+    return found
 
 
-def _by_minute(delays: NDArray[np.float64], began_ms: float) -> list[tuple[int, float, float]]:
-    minutes = ((delays[:, 0] - began_ms) // 60_000).astype(int)
+def _by_minute(found: NDArray[np.float64], began_ms: float) -> list[tuple[int, float, float]]:
+    minutes = ((found[:, 0] - began_ms) // 60_000).astype(int)
     rows = []
     for minute in np.unique(minutes):
-        p50, p99 = np.percentile(delays[minutes == minute, 1], (50, 99))
+        p50, p99 = np.percentile(found[minutes == minute, 1], (50, 99))
         rows.append((int(minute), float(p50), float(p99)))
     return rows
 

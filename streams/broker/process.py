@@ -64,13 +64,17 @@ class Child:
     """A program in a process group of its own, out of reach of Ctrl-C, its output appended to ``log``.
 
     Attached, it ends when this process ends, kill -9 included; detached, it outlives this process.
+    ``env``: its whole environment; None: that of this process.
     """
 
-    def __init__(self, argv: Sequence[str], cwd: Path, log: Path, detached: bool) -> None:
+    def __init__(
+        self, argv: Sequence[str], cwd: Path, log: Path, detached: bool, env: Mapping[str, str] | None = None
+    ) -> None:
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 argv,
                 cwd=cwd,
+                env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

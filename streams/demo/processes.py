@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -43,17 +44,25 @@ class Samples:
 class Part:
     """``python -m streams.cli ARGUMENTS`` with the configuration of GPL_CONFIG, on a metrics port of its own.
 
-    ``prefix``: a command that runs it, such as taskset with its arguments.
+    ``prefix``: a command that runs it, such as taskset with its arguments. ``env``: its environment but for that port;
+    None: that of this process.
     """
 
-    def __init__(self, name: str, arguments: list[str], log: Path, prefix: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        name: str,
+        arguments: list[str],
+        log: Path,
+        prefix: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         self.name = name
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         (self._port,) = free_ports(1)
-        # env(1) sets what differs between the parts; all else is in the file.
-        command = [*prefix, "env", f"GPL_METRICS__PORT={self._port}", sys.executable, "-m", "streams.cli", *arguments]
-        self._child = Child(command, Path.cwd(), log, detached=False)
+        command = [*prefix, sys.executable, "-m", "streams.cli", *arguments]
+        own = {**(os.environ if env is None else env), "GPL_METRICS__PORT": str(self._port)}
+        self._child = Child(command, Path.cwd(), log, detached=False, env=own)
 
     @property
     def pid(self) -> int:
@@ -87,6 +96,12 @@ class Part:
         ended = self._child.wait(grace)
         self._child.close()
         return ended
+
+
+def without_settings() -> dict[str, str]:
+    """The environment of this process less every ``GPL_`` variable: what a process begins with that shall have the
+    settings it is given and no others. Their names are read without regard to case."""
+    return {name: value for name, value in os.environ.items() if not name.upper().startswith("GPL_")}
 
 
 class Parts:
