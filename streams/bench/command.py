@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from streams.bench import generators, stream_command
+from streams.bench.options import broker_of, clear_errors, numbers
 from streams.cli_options import ConfigOption
 
 if TYPE_CHECKING:
     from streams.bench.live import Stages
+    from streams.broker.select import Choice
 
 app = typer.Typer(help="What the system does on this machine, measured through its real parts.", no_args_is_help=True)
 app.command()(generators.generator)
@@ -33,7 +35,9 @@ def serve(
     seconds: Annotated[float, typer.Option(min=1)] = 20,
     connections: Annotated[int, typer.Option(min=1)] = 64,
     workers: Annotated[int, typer.Option(min=1, help="Serving processes.")] = 2,
-    reload_every: Annotated[float, typer.Option(help="Seconds between new models in the second HTTP run.")] = 1.0,
+    reload_every: Annotated[
+        float, typer.Option(min=0.1, help="Seconds between new models in the second HTTP run.")
+    ] = 1.0,
     http: Annotated[bool, typer.Option(help="Measure over HTTP too.")] = True,
     broker: Annotated[str, typer.Option(help="auto, apache, or host:port.")] = "auto",
 ) -> None:
@@ -58,24 +62,26 @@ def serve(
 
     if users < 3 * calls:
         raise typer.BadParameter(f"{users}, expected at least 3 x calls ({3 * calls}): no user is asked for twice")
+    with clear_errors():
+        choice = broker_of(broker) if http else None
     state = SyntheticState(items, users, anchors, dim, seed=0)
     typer.echo(f"{items:,} items x {dim}, {users:,} users with {anchors} anchors, {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory(prefix="gpl-bench-") as name:
         directory = Path(name)
         threadpool_limits(1)  # one core, as the figures say
-        scorer = bench.loaded_scorer(state, directory / "library")
-        rounds = calls * 6 // 5
-        for count, first in ((500, 0), (5000, rounds)):
+        rounds, counts = calls * 6 // 5, (500, 5000)
+        scorer = bench.loaded_scorer(state, directory / "library", rounds * sum(counts))
+        for count, first in zip(counts, (0, rounds), strict=True):
             some = state.users[first : first + rounds]
             runs = (("with anchors", some), ("with anchors, again", some), ("without", ["nobody"] * rounds))
             for label, who in runs:
                 p50, p99 = np.percentile(np.array(bench.library(scorer, state, count, who)) * 1000, [50, 99])
                 typer.echo(f"library, {count:>5,} candidates, {label:<19}  p50 {p50:6.2f} ms  p99 {p99:6.2f} ms")
-        if not http:
+        if choice is None:
             return
         del scorer
         kafka = KafkaSettings(prefix=f"bench-{os.getpid()}.")
-        with select.open_broker(select.choose(broker), kafka, directory / "broker") as opened:
+        with clear_errors(), select.open_broker(choice, kafka, directory / "broker") as opened:
             kafka = kafka.model_copy(update={"bootstrap_servers": opened.bootstrap})
             sent = bench.bodies(state, candidates, 500)
             with bench.ServedSystem(kafka, state, directory, workers) as system:
@@ -83,16 +89,16 @@ def serve(
                     before = system.cpu_seconds()
                     outcome: Outcome = system.load(sent, rate, seconds, connections, every)
                     cpu = system.cpu_seconds() - before
-                    answered = len(outcome.seconds)
+                    scored, answered = len(outcome.seconds), max(outcome.statuses.total(), 1)
                     typer.echo(
                         f"HTTP, {candidates} candidates, {workers} processes, {connections} connections{label}\n"
-                        f"  {answered / outcome.duration:,.0f} of {rate:,.0f} requests/s   "
+                        f"  {scored / outcome.duration:,.0f} of {rate:,.0f} requests/s   "
                         f"p50 {outcome.milliseconds(50):.1f}  p95 {outcome.milliseconds(95):.1f}  "
                         f"p99 {outcome.milliseconds(99):.1f} ms\n"
                         f"  statuses {dict(outcome.statuses)}, connection errors {dict(outcome.errors)}, "
                         f"{len(outcome.versions)} versions\n"
-                        f"  processor time a request: {cpu / max(answered, 1) * 1000:.2f} ms serving, "
-                        f"{outcome.cpu_seconds / max(answered, 1) * 1000:.2f} ms generating"
+                        f"  processor time a request: {cpu / answered * 1000:.2f} ms serving, "
+                        f"{outcome.cpu_seconds / answered * 1000:.2f} ms generating"
                     )
 
 
@@ -120,29 +126,28 @@ def freshness(
     """
     from streams.bench import freshness as bench
     from streams.bench.timed import movielens_100k, online_retail
-    from streams.demo.movielens import DatasetMissingError
     from streams.settings import load
 
+    if write is not None and not write.parent.is_dir():
+        raise typer.BadParameter(f"{write.parent} is no directory", param_hint="--write")
     settings = load(config)
     settings = settings.model_copy(
         update={"labels": settings.labels.model_copy(update={"window_seconds": window, "retention_seconds": 0.0})}
     )
     plan = bench.Study(seeds, candidates)
-    try:
-        streams = [movielens_100k(), *([] if data is None else [online_retail(data / "online_retail")])]
-    except (DatasetMissingError, FileNotFoundError, ValueError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
-    out.mkdir(parents=True, exist_ok=True)
-    stages = _live(out / "live.json", broker) if live else None
-    found = []
-    for stream in streams:
-        directory = out / f"{stream.name.lower().replace(' ', '-')}-{candidates}-{window:g}"
-        directory.mkdir(exist_ok=True)
-        found.append((stream, bench.study(stream, settings, plan, directory, jobs, typer.echo)))
+    with clear_errors():
+        choice = broker_of(broker) if live else None
+        try:
+            streams = [movielens_100k(), *([] if data is None else [online_retail(data / "online_retail")])]
+        except (FileNotFoundError, ValueError) as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from error
+        stages = None if choice is None else _live(out, choice)
+    found = [(stream, bench.study(stream, settings, plan, out, jobs, typer.echo)) for stream in streams]
     command = f"gpl bench freshness --seeds {seeds} --candidates {candidates} --window {window:g}"
-    command += "".join([" --data DIR" if data else "", " --live" if live else "", " --write FILE"])
-    text = bench.page(found, settings, plan, command, stages)
+    command += "".join([" --data DIR" if data else "", " --live" if live else ""])
+    command += f" --config {config.name}" if config else ""
+    text = bench.page(found, settings, plan, f"{command} --write FILE", stages)
     if write is None:
         typer.echo(text)
         return
@@ -150,7 +155,9 @@ def freshness(
     typer.echo(f"written to {write}")
 
 
-def _live(path: Path, broker: str) -> Stages:
+def _live(out: Path, choice: Choice) -> Stages:
+    """What ``out`` holds of such a broker and such a plan, or measured now."""
+    import hashlib
     import os
 
     import msgspec
@@ -158,16 +165,20 @@ def _live(path: Path, broker: str) -> Stages:
     from streams.bench import live
     from streams.broker import select
     from streams.settings import KafkaSettings
+    from streams.storage import LocalStorage
 
+    plan = live.Plan(rate=20, seconds=20, window=2, publish=1)
+    made_by = hashlib.sha256(msgspec.json.encode((plan, choice.description))).hexdigest()[:8]
+    path = out / f"live-{made_by}.json"
     if not path.exists():
         name = f"live-{os.getpid()}"
         kafka = KafkaSettings(prefix=f"{name}.", group_prefix=f"{name}-")
         with tempfile.TemporaryDirectory(prefix="gpl-bench-") as directory:
             at = Path(directory)
-            with select.open_broker(select.choose(broker), kafka, at / "broker") as opened:
+            with select.open_broker(choice, kafka, at / "broker") as opened:
                 kafka = kafka.model_copy(update={"bootstrap_servers": opened.bootstrap})
-                found = live.measure(kafka, at, live.Plan(rate=20, seconds=20, window=2, publish=1))
-        path.write_bytes(msgspec.json.encode(found))
+                found = live.measure(kafka, choice.description, at, plan)
+        LocalStorage(out).put(path.name, msgspec.json.encode(found))
     return msgspec.json.decode(path.read_bytes(), type=live.Stages)
 
 
@@ -195,15 +206,22 @@ def trainer(
     import json
     import os
 
+    each = numbers(rates, float, 1.0, "--rates")
+    if items < 2 * candidates:
+        raise typer.BadParameter(f"{items}: expected 2 x --candidates or more", param_hint="--items")
+    with clear_errors():
+        choice = broker_of(broker)
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = str(threads)
+        os.environ[name] = str(threads)  # of the processes
     import torch
+    from threadpoolctl import threadpool_limits
 
     from streams.bench import trainer as bench
     from streams.broker import select
     from streams.settings import KafkaSettings
 
     torch.set_num_threads(threads)
+    threadpool_limits(threads)  # numpy was loaded before the variables were set
     workload = bench.Workload(bench.Load(items, users, candidates, candidates // 10, dim))
 
     def say(line: str) -> None:
@@ -215,7 +233,7 @@ def trainer(
     with tempfile.TemporaryDirectory(prefix="gpl-bench-") as name:
         directory = Path(name)
         kafka = KafkaSettings(prefix=f"bench-{os.getpid()}.")
-        with select.open_broker(select.choose(broker), kafka, directory / "broker") as opened:
+        with clear_errors(), select.open_broker(choice, kafka, directory / "broker") as opened:
             kafka = kafka.model_copy(update={"bootstrap_servers": opened.bootstrap})
             at = bench.Topics(kafka, workload)
             at.send(labels)
@@ -226,7 +244,7 @@ def trainer(
             found = []
             with bench.running_trainer(settings, workload.frame):
                 first = 2 * records
-                for rate in [float(rate) for rate in rates.split(",") if rate.strip()]:
+                for rate in each:
                     run = bench.freshness(workload, at, settings, rate, seconds, first)
                     first += int(rate * seconds)
                     found.append(run)

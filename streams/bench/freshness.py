@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -22,6 +23,7 @@ from streams.bench.sync import ANCHORS, Outcomes, run
 from streams.bench.timed import TimedStream
 from streams.fitting import catalogue_of, fit_records
 from streams.settings import Settings
+from streams.storage import LocalStorage
 
 HOUR = 3_600_000
 INTERVALS: dict[str, int | None] = {
@@ -68,12 +70,35 @@ class Run(NamedTuple):
     outcomes: Outcomes
 
 
+_CHANGES_NOTHING: dict[str, Any] = {
+    "artefacts": True,
+    "kafka": True,
+    "index": True,
+    "space": {"cache", "batch_size"},
+    "anchors": True,
+    "dead_letters": True,
+    "trainer": {"checkpoints", "models", "journal", "seed"},
+    "serve": True,
+    "metrics": True,
+}
+"""Settings that no result depends on; a run's seed is in its name."""
+
+
+def fingerprint(settings: Settings) -> str:
+    """Short hash of the settings that results depend on."""
+    said = settings.model_dump(mode="json", exclude=_CHANGES_NOTHING)
+    return hashlib.sha256(msgspec.json.encode(said, order="sorted")).hexdigest()[:8]
+
+
 def study(
-    stream: TimedStream, settings: Settings, plan: Study, directory: Path, jobs: int, say: Callable[[str], None]
+    stream: TimedStream, settings: Settings, plan: Study, out: Path, jobs: int, say: Callable[[str], None]
 ) -> list[Run]:
-    """All runs on a stream, ``jobs`` at a time. What is in ``directory`` from before is not run again; remove it to do
-    so. Raises what fitting raises.
+    """All runs on a stream, ``jobs`` at a time. What was run before under the same settings is in a directory of its
+    own in ``out`` and not run again; remove it to do so. Raises what fitting raises.
     """
+    window = settings.labels.window_seconds
+    name = f"{stream.name.lower().replace(' ', '-')}-{plan.candidates}-{window:g}-{fingerprint(settings)}"
+    directory = out / name
     times = sorted(rating.ts for rating in stream.ratings)
     judged_from = times[int(len(times) * (1 - plan.judged_share))]
     fitted = directory / "artefacts"
@@ -81,15 +106,21 @@ def study(
         past = [f for _, page in stream.requests(plan.candidates, 0) for f in page if f.ts < judged_from]
         fit_records(stream.items, past, settings, 0, say).save(fitted)
     planned = [(seed, policy, directory / f"{policy}-{seed}.json") for seed in range(plan.seeds) for policy in POLICIES]
+    waiting = [run for run in planned if not run[2].exists()]
+    running: dict[Future[None], str] = {}
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        running = {
-            pool.submit(_write_run, stream, settings, plan.candidates, fitted, judged_from, seed, policy, path): policy
-            for seed, policy, path in planned
-            if not path.exists()
-        }
-        for done in as_completed(running):
-            done.result()
-            say(f"{stream.name}: {running[done]} anchors, a seed of {plan.seeds} is judged")
+        while waiting or running:
+            # One a process: what a pool has taken over it also runs after a failure or Ctrl-C, each for many minutes.
+            while waiting and len(running) < jobs:
+                seed, policy, path = waiting.pop(0)
+                taken = pool.submit(
+                    _write_run, stream, settings, plan.candidates, fitted, judged_from, seed, policy, path
+                )
+                running[taken] = policy
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                policy = running.pop(done)
+                done.result()
+                say(f"{stream.name}: {policy} anchors, a seed of {plan.seeds} is judged")
     return [Run(seed, policy, msgspec.json.decode(path.read_bytes(), type=Outcomes)) for seed, policy, path in planned]
 
 
@@ -112,7 +143,7 @@ def _write_run(
     intervals = INTERVALS if policy == DRIFT else {_FRESH: INTERVALS[_FRESH]}
     requests = stream.requests(candidates, seed)
     outcomes = run(requests, artefacts, catalogue, own, intervals, judged_from, POLICIES[policy], arms)
-    path.write_bytes(msgspec.json.encode(outcomes))
+    LocalStorage(path.parent).put(path.name, msgspec.json.encode(outcomes))
 
 
 def page(
@@ -160,8 +191,8 @@ def _live_table(live: Stages) -> Iterator[str]:
     yield "## From a click to the served model"
     yield ""
     yield (
-        "Wall time through a running system: Apache Kafka, `gpl worker all`, `gpl train` and a scorer that follows the "
-        f"log, all on one machine of {live.cores} cores, which others use too. {plan.rate:g} requests a second of "
+        f"Wall time through a running system: {live.broker}, `gpl worker all`, `gpl train` and a scorer that follows "
+        f"the log, all on one machine of {live.cores} cores, which others use too. {plan.rate:g} requests a second of "
         f"{CANDIDATES} candidates with {SHOWN} shown and one clicked; {len(live.whole):,} clicks, followed by their "
         "offsets into the first model that was trained on them."
     )

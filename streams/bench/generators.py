@@ -6,14 +6,15 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from streams.bench.options import clear_errors, one_of
 from streams.cli_options import ConfigOption
-from streams.settings import Settings, load
+from streams.settings import CodesSettings, GeneratorSettings, Settings, load
 
 if TYPE_CHECKING:
     from gpl.anchors.quality import Floats, Ints
@@ -24,6 +25,8 @@ JsonOption = Annotated[Path | None, typer.Option("--json", help="Write all figur
 DataOption = Annotated[
     Path | None, typer.Option("--data", help="Directory that `gpl datasets convert` wrote; default: MovieLens-100K.")
 ]
+GENERATORS = get_args(GeneratorSettings.model_fields["kind"].annotation)
+QUANTISERS = get_args(CodesSettings.model_fields["kind"].annotation)
 SeedsOption = Annotated[int, typer.Option(min=1, help="Seeds 0 to n - 1.")]
 
 
@@ -32,7 +35,7 @@ def generator(
     history: Annotated[int, typer.Option(min=1, help="Items a user.")] = 100,
     beams: Annotated[int, typer.Option(min=1)] = 20,
     users: Annotated[int, typer.Option(min=1)] = 64,
-    batch_users: Annotated[int, typer.Option(min=1, help="Decoded at once.")] = 16,
+    batch_users: Annotated[int, typer.Option(min=1, help="Decoded at once; small-lm takes them one by one.")] = 16,
     items: Annotated[int, typer.Option(min=1, help="Of the made-up catalogue.")] = 10_000,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: the GPU if there is one.")] = None,
     precision: Annotated[str, typer.Option(help="auto, float32, bfloat16.")] = "auto",
@@ -40,15 +43,14 @@ def generator(
     out: JsonOption = None,
 ) -> None:
     """Users a second of anchor generation with random weights of the model's shape, and the share of the limit."""
+    models = model or ["small-lm", "smollm2-135m"]
+    one_of(models, ("small-lm", "smollm2-135m", "qwen2.5-0.5b"), "--model")
+    one_of([precision], ("auto", "float32", "bfloat16"), "--precision")
     from gpl.anchors.throughput import measure
 
-    table = Table("model", "type", "history", "beams", "users/s", "GFLOP/user", "limit users/s", "share")
+    table = Table("model", "type", "history", "beams", "at once", "users/s", "GFLOP/user", "limit users/s", "share")
     found = []
-    for name in model or ["small-lm", "smollm2-135m"]:
-        if name not in ("small-lm", "smollm2-135m", "qwen2.5-0.5b"):
-            raise typer.BadParameter(f"{name!r}: small-lm, smollm2-135m or qwen2.5-0.5b", param_hint="--model")
-        if precision not in ("auto", "float32", "bfloat16"):
-            raise typer.BadParameter(f"{precision!r}: auto, float32 or bfloat16", param_hint="--precision")
+    for name in models:
         made = measure(
             name,  # type: ignore[arg-type]
             history,
@@ -66,6 +68,7 @@ def generator(
             f"{made.dtype} on {made.device}",
             str(history),
             str(beams),
+            str(made.batch_users),
             f"{made.users_per_second:,.1f}",
             f"{made.flops_per_user / 1e9:.3g}",
             f"{made.limit:,.1f}",
@@ -74,8 +77,7 @@ def generator(
     Console().print(table)
     first = found[0]
     typer.echo(
-        f"{first.threads} threads, batches of {batch_users} users; machine: "
-        f"{first.machine_bytes / 1e9:.0f} GB/s copied, "
+        f"{first.threads} threads; machine: {first.machine_bytes / 1e9:.0f} GB/s copied, "
         + ", ".join(sorted({f"{made.machine_flops / 1e9:,.0f} GFLOP/s in {made.dtype}" for made in found}))
     )
     _write(out, [{**vars(made), "limit": made.limit, "share": made.share} for made in found])
@@ -88,7 +90,10 @@ def anchors(
     beams: Annotated[int, typer.Option(min=1)] = 10,
     seeds: SeedsOption = 3,
     held_out: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of each user's items, one at least.")] = 0.2,
-    tau: Annotated[float, typer.Option(min=0.001, help="Of the kernel, beside the largest cosine.")] = 0.1,
+    tau: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="Of the kernel, beside the largest cosine; default: labels.kernel_tau."),
+    ] = None,
     share: Annotated[
         list[float] | None,
         typer.Option(min=0.01, max=0.99, help="Judge language models mixed with this much history too; may repeat."),
@@ -101,6 +106,10 @@ def anchors(
     The language models train on the part before the split of all users (one in ten decides when to stop) under the
     settings in force, and are asked for what follows it. MovieLens: ratings of at least 4.
     """
+    settings = load(config)
+    generators, quantisers = kind or ["history", "small-lm"], codes or [settings.codes.kind]
+    one_of(generators, GENERATORS, "--kind")
+    one_of(quantisers, QUANTISERS, "--codes")
     import numpy as np
 
     from gpl.anchors.base import AnchorGenerator
@@ -117,8 +126,11 @@ def anchors(
     from gpl.codes.trie import SidTrie
     from gpl.fit import FitOptions, fit_quantiser, train_generator
 
-    settings = load(config)
-    items, sequences, vectors = _data(data, settings)
+    tau = settings.labels.kernel_tau if tau is None else tau
+    # Mixed as `gpl fit` mixes it, and beside that as asked for.
+    shares = dict.fromkeys([settings.generator.history_share, *(share or [])])
+    with clear_errors():
+        items, sequences, vectors = _data(data, settings)
     split = Split.of(sequences, len(items), held_out)
     length, popularity = settings.generator.history, split.popularity.astype(np.float32)
     typer.echo(
@@ -129,10 +141,12 @@ def anchors(
         "mean of history": [recall(split, mean_history_scores(split, vectors, length))],
         "every item of the history": [recall(split, max_history_scores(split, vectors, length))],
     }
-    for quantiser_kind in codes or [settings.codes.kind]:
+    for quantiser_kind in quantisers:
         for seed in range(seeds):
             options = FitOptions(
                 quantiser=quantiser_kind,  # type: ignore[arg-type]
+                levels=settings.codes.levels,
+                codebook_size=settings.codes.codebook_size,
                 base_model=settings.generator.base_model,
                 history=length,
                 epochs=settings.generator.epochs,
@@ -144,15 +158,16 @@ def anchors(
             sids = quantiser.encode(vectors)
             trie = SidTrie(sids, quantiser.codebook_size, vectors)
             clusters = HistoryClusters(length, exclude_seen=options.exclude_seen)
-            for name in kind or ["history", "small-lm"]:
+            for name in generators:
                 started = time.perf_counter()
                 chosen = replace(options, generator=name)  # type: ignore[arg-type]
                 pasts = [sids[past] for past in split.past if len(past) >= 2]
                 made, _, _ = train_generator(pasts, items, sids, quantiser, chosen, seed)
                 typer.echo(f"{name}, {quantiser_kind}, seed {seed}: {time.perf_counter() - started:.0f} s")
-                variants: dict[str, AnchorGenerator] = {name: made}
-                if name != "history":
-                    variants |= {f"{name} + {s:g} history": MixedGenerator(made, clusters, s) for s in share or []}
+                variants: dict[str, AnchorGenerator] = {}
+                for mixed in shares if name != "history" else (0.0,):
+                    label = f"{name} + {mixed:g} history" if mixed else name
+                    variants[label] = MixedGenerator(made, clusters, mixed) if mixed else made
                 for label, variant in variants.items():
                     for score, width in (("max", None), ("kernel", tau)):
                         scores = anchor_scores(split, variant, sids, vectors, trie, beams, length, width)
@@ -183,13 +198,17 @@ def codes(
     from gpl.codes import suggest_codebook_size, suggest_levels
     from gpl.fit import FitOptions, fit_quantiser
 
-    items, _, vectors = _data(data, load(config))
+    kinds = kind or list(QUANTISERS)
+    one_of(kinds, QUANTISERS, "--kind")
+    settings = load(config)
+    with clear_errors():
+        items, _, vectors = _data(data, settings)
     order = np.random.default_rng(seed).permutation(len(items))
     new, known = order[: len(items) // 10], order[len(items) // 10 :]
     sizes = size or [suggest_codebook_size(len(items))]
     table = Table("kind", "codes", "perplexity a level", "sharing a SID", "error", "of new items", "seconds")
     found = []
-    for name in kind or ["rq-kmeans", "rq-vae"]:
+    for name in kinds:
         for width in sizes:
             for depth in levels or [suggest_levels(len(items), width)]:
                 options = FitOptions(quantiser=name, levels=depth, codebook_size=width)  # type: ignore[arg-type]

@@ -22,9 +22,9 @@ class _Versioned(msgspec.Struct):
 
 @dataclass
 class Outcome:
-    """What came of the requests. ``seconds``: from due time to whole answer, one per answer of any status.
+    """What came of the requests. ``seconds``: from due time to whole answer, one per answer with status 200.
 
-    ``errors``: connections refused, reset or closed, by name. ``late``: the most seconds by which a request left late.
+    ``errors``: connections refused, reset or closed, by name.
     ``answers``, when they are kept: index of the body, and what came back with status 200.
     """
 
@@ -33,7 +33,6 @@ class Outcome:
     errors: Counter[str] = field(default_factory=Counter)
     versions: Counter[str] = field(default_factory=Counter)
     duration: float = 0.0
-    late: float = 0.0
     cpu_seconds: float = 0.0
     answers: list[tuple[int, bytes]] | None = None
 
@@ -80,7 +79,6 @@ async def _drive(
             now = time.perf_counter()
             if now < due:
                 await asyncio.sleep(due - now)
-            outcome.late = max(outcome.late, time.perf_counter() - due)
             try:
                 if streams is None:
                     streams = await asyncio.open_connection(host, port, limit=2**22)
@@ -109,9 +107,9 @@ async def _exchange(
     status = int(head[9:12])
     length = next(int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
     answer = await reader.readexactly(length)
-    outcome.seconds.append(time.perf_counter() - due)
     outcome.statuses[status] += 1
     if status != 200:
-        return None
+        return None  # a refusal is quick, and no answer
+    outcome.seconds.append(time.perf_counter() - due)
     outcome.versions[msgspec.json.decode(answer, type=_Versioned).model_version] += 1
     return answer

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -23,6 +22,7 @@ from gpl.catalogue import ItemContent
 from gpl.fit import Event, FitOptions, fit
 from streams import topics
 from streams.contracts import Feedback, Item, Label, ModelUpdate, Recall, decode, encode
+from streams.demo.processes import Part, without_settings
 from streams.kafka import producer
 from streams.log_view import LogView
 from streams.metrics import Health
@@ -33,6 +33,9 @@ DIM, ITEMS, USERS = 32, 500, 200
 CANDIDATES, SHOWN = 100, 5
 _PATIENCE = 300.0
 """Seconds for the processes to start, and for the last click to be served."""
+_GRACE = 60.0
+"""Seconds for a process to end in order."""
+T = TypeVar("T")
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -47,9 +50,11 @@ class Plan(msgspec.Struct, frozen=True):
 
 class Stages(msgspec.Struct, frozen=True):
     """Seconds of each click, in order of the log. ``labelled``: click to label on the log; ``published``: from there to
-    the announcement; ``served``: from there to a scorer; ``whole``: all of it. ``cores``: of the machine."""
+    the announcement; ``served``: from there to a scorer; ``whole``: all of it. ``broker``: what it was; ``cores``: of
+    the machine."""
 
     plan: Plan
+    broker: str
     cores: int
     labelled: list[float]
     published: list[float]
@@ -68,10 +73,12 @@ class Stages(msgspec.Struct, frozen=True):
             yield f"| {name} | {p50:.2f} | {p99:.2f} |"
 
 
-def measure(kafka: KafkaSettings, directory: Path, plan: Plan) -> Stages:
-    """Start worker and trainer as processes, a scorer here, and send clicks. Topics are made anew.
+def measure(kafka: KafkaSettings, broker: str, directory: Path, plan: Plan) -> Stages:
+    """Start worker and trainer as processes, a scorer here, and send clicks. Topics are made anew. ``broker``: what
+    it is.
 
-    Raises TimeoutError when something does not start, or the last click is not served in time.
+    Raises TimeoutError when something does not start, or the last click is not served in time, ProcessEndedError when
+    worker or trainer has ended by itself.
     """
     topics.create(kafka)
     _fit(directory)
@@ -81,8 +88,11 @@ def measure(kafka: KafkaSettings, directory: Path, plan: Plan) -> Stages:
         trainer=TrainerSettings(models=directory / "models", checkpoints=directory / "checkpoints"),
     )
     with contextlib.ExitStack() as stack:
-        for command in (("worker", "all"), ("train",)):
-            stack.enter_context(_process(command, _environment(settings, directory, plan), directory))
+        parts = []
+        for command in (["worker", "all"], ["train"]):
+            log = directory / f"{command[0]}.log"
+            parts.append(Part(command[0], command, log, env=_environment(settings, directory, plan)))
+            stack.callback(parts[-1].stop, _GRACE)
         health = Health()
         scorer = stack.enter_context(Scorer(settings, health=health))
         in_service = _Watch(scorer)
@@ -93,7 +103,7 @@ def measure(kafka: KafkaSettings, directory: Path, plan: Plan) -> Stages:
             sending.flush()
             # Enough for the first publication; what is measured comes after it.
             _clicks(kafka, sending, Plan(max(plan.rate, 20), 150 / max(plan.rate, 20), 0, 0), "warm")
-            _until("first model", lambda: in_service.versions)
+            _until("first model", lambda: in_service.versions, parts)
             clicked = _clicks(kafka, sending, plan, "timed")
             # Traffic goes on, as it does in life: event time moves on by what arrives.
             stop = threading.Event()
@@ -102,7 +112,7 @@ def measure(kafka: KafkaSettings, directory: Path, plan: Plan) -> Stages:
             )
             going_on.start()
             try:
-                return _follow(kafka, clicked, in_service, plan)
+                return Stages(plan, broker, os.cpu_count() or 1, *_follow(kafka, clicked, in_service, parts))
             finally:
                 stop.set()
                 going_on.join()
@@ -135,7 +145,10 @@ def _clicks(
     return {(at.partition, at.offset): at.timestamp for at in found}
 
 
-def _follow(kafka: KafkaSettings, clicked: dict[tuple[int, int], int], in_service: _Watch, plan: Plan) -> Stages:
+def _follow(
+    kafka: KafkaSettings, clicked: dict[tuple[int, int], int], in_service: _Watch, parts: list[Part]
+) -> list[list[float]]:
+    """Seconds of each click: to its label, from there to the announcement, from there into service, and in all."""
     label_of: dict[tuple[int, int], tuple[int, int, int]] = {}
     updates: list[tuple[int, ModelUpdate]] = []
 
@@ -157,19 +170,19 @@ def _follow(kafka: KafkaSettings, clicked: dict[tuple[int, int], int], in_servic
             last = [label_of.get(at) for at in clicked]
             return all(found is not None and containing(*found[:2]) is not None for found in last)
 
-        _until("a model with the last click", complete)
+        _until("a model with the last click", complete, parts)
     rows = []
     for at, clicked_ms in clicked.items():
         partition, offset, labelled_ms = label_of[at]
         found = containing(partition, offset)
         assert found is not None
         published_ms, update = found
-        served = _until(f"{update.version} in service", lambda update=update: in_service.since(update.version))
+        served = _until(f"{update.version} in service", partial(in_service.since, update.version), parts)
         rows.append((clicked_ms / 1000, labelled_ms / 1000, published_ms / 1000, served))
     times = np.array(rows)
     steps = np.diff(times, axis=1)
     whole = times[:, 3] - times[:, 0]
-    return Stages(plan, os.cpu_count() or 1, *(column.tolist() for column in (*steps.T, whole)))
+    return [column.tolist() for column in (*steps.T, whole)]
 
 
 class _Watch:
@@ -197,12 +210,15 @@ class _Watch:
                 self.versions = {**self.versions, version: time.time()}
 
 
-def _until(what: str, condition: Any) -> Any:
+def _until(what: str, condition: Callable[[], T], parts: list[Part]) -> T:
+    """What the condition gives once that is something. Raises TimeoutError, ProcessEndedError."""
     deadline = time.monotonic() + _PATIENCE
     while True:
         found = condition()
         if found:
             return found
+        for part in parts:
+            part.check()
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what}: not within {_PATIENCE:.0f} s")
         time.sleep(0.05)
@@ -223,8 +239,7 @@ def _fit(directory: Path) -> None:
 
 def _environment(settings: Settings, directory: Path, plan: Plan) -> dict[str, str]:
     kafka, trainer = settings.kafka, settings.trainer
-    return {
-        **os.environ,
+    return without_settings() | {
         "OMP_NUM_THREADS": "1",
         "GPL_CONFIG": "",
         "GPL_ARTEFACTS": str(settings.artefacts),
@@ -240,22 +255,4 @@ def _environment(settings: Settings, directory: Path, plan: Plan) -> dict[str, s
         "GPL_TRAINER__MODELS": str(trainer.models),
         "GPL_TRAINER__CHECKPOINTS": str(trainer.checkpoints),
         "GPL_TRAINER__PUBLISH_EVERY_WALL_SECONDS": str(plan.publish),
-        "GPL_METRICS__PORT": "0",
     }
-
-
-@contextlib.contextmanager
-def _process(command: tuple[str, ...], environment: dict[str, str], directory: Path) -> Iterator[None]:
-    with (directory / f"{command[0]}.log").open("wb") as log:
-        running = subprocess.Popen(
-            [sys.executable, "-m", "streams.cli", *command], env=environment, stdout=log, stderr=log
-        )
-        try:
-            yield
-        finally:
-            running.terminate()
-            try:
-                running.wait(60)
-            except subprocess.TimeoutExpired:
-                running.kill()
-                running.wait()

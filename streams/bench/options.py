@@ -20,15 +20,16 @@ def clear_errors() -> Iterator[None]:
     """What whoever measures can put right is one message and exit code 1; anything else keeps its traceback."""
     from kafka.errors import KafkaError
 
+    from gpl.evaluation.dataset import DataError
     from gpl.evaluation.sources.movielens import DatasetMissingError as NoRatings
     from streams.broker.process import BrokerError
     from streams.demo.movielens import DatasetMissingError
     from streams.demo.processes import ProcessEndedError
 
-    missing = DatasetMissingError, NoRatings
+    of_data = DatasetMissingError, NoRatings, DataError
     try:
         yield
-    except (BrokerError, ProcessEndedError, *missing, KafkaError, ConnectionError, TimeoutError) as error:
+    except (BrokerError, ProcessEndedError, *of_data, KafkaError, ConnectionError, TimeoutError) as error:
         typer.echo(f"error: {error or type(error).__name__}", err=True)
         raise typer.Exit(1) from error
 
@@ -43,7 +44,7 @@ def broker_of(option: str) -> Choice:
 
     choice = select.choose(option)
     if choice.kind == "external":
-        select.open_broker(choice, KafkaSettings(), Path()).start()
+        select.open_broker(choice, KafkaSettings(), Path()).start(5.0)
     return choice
 
 

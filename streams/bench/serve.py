@@ -31,6 +31,8 @@ from streams.settings import KafkaSettings, ServeSettings, Settings, TrainerSett
 
 WIDTH = 64
 """Of the pre-ranker's towers."""
+SCORE_BYTES = 12
+"""Of the memo, a pair of user and item (`AnchorScores`)."""
 _SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -43,9 +45,10 @@ class _Message:
     offset: int = 0
 
 
-def loaded_scorer(state: SyntheticState, directory: Path) -> Scorer:
-    """A scorer of its own with the state in it, without a log."""
-    settings = Settings(trainer=TrainerSettings(models=directory))
+def loaded_scorer(state: SyntheticState, directory: Path, remembered: int) -> Scorer:
+    """A scorer of its own with the state in it, without a log, whose memo holds so many ``remembered`` scores."""
+    memo_mb = remembered * SCORE_BYTES // 2**20 + 1
+    settings = Settings(trainer=TrainerSettings(models=directory), serve=ServeSettings(memo_mb=memo_mb))
     scorer = Scorer(settings, state.frame)
     update = state.publish(directory, settings.trainer.model_name, WIDTH, 1)
     for topic, key, record in itertools.chain(state.records(), [("model-updates", update.model, update)]):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import queue
 import tempfile
 import threading
 import time
@@ -29,6 +30,7 @@ from gpl.preranker.model import PreRanker
 from streams import topics
 from streams.bench.synthetic import drawn_history
 from streams.contracts import Exposed, ItemVector, Label, ModelUpdate, Provenance, Unexposed, decode, encode
+from streams.demo.processes import ProcessEndedError
 from streams.frame import Frame
 from streams.kafka import producer
 from streams.log_view import LogView
@@ -47,7 +49,7 @@ from streams.views import vector_bytes
 
 @dataclass(frozen=True)
 class Load:
-    """``candidates`` a request, of which ``exposed`` are shown."""
+    """``candidates`` a request, of which ``exposed`` are shown; ``items`` must be twice as many or more."""
 
     items: int
     users: int
@@ -88,7 +90,10 @@ class Workload:
     def _label(self, n: int) -> tuple[bytes, bytes]:
         load, rng = self.load, self._rng
         user = int(rng.integers(load.users))
-        drawn = np.unique(np.searchsorted(self._cumulative, rng.random(2 * load.candidates)))
+        drawn = np.empty(0, np.int64)
+        while len(drawn) < load.candidates:  # popular items come more than once
+            more = np.searchsorted(self._cumulative, rng.random(2 * load.candidates))
+            drawn = np.union1d(drawn, more)
         items = rng.permutation(drawn)[: load.candidates]
         cosine = np.round(self.vectors[items] @ self._tastes[user], 6).astype(float)
         shown = load.exposed
@@ -277,11 +282,23 @@ def _over_ranks(workload: Workload, total: int, warm: int, settings: Settings, r
         meet = (directory / "meet").as_uri()
         shared = workload.load, total, warm, own, torch.get_num_threads(), found
         processes = [context.Process(target=_rank, args=(rank, ranks, meet, *shared)) for rank in range(ranks)]
-        for process in processes:
-            process.start()
-        by_rank: dict[int, Throughput] = dict(found.get(timeout=600) for _ in processes)
-        for process in processes:
-            process.join()
+        by_rank: dict[int, Throughput] = {}
+        try:
+            for process in processes:
+                process.start()
+            while len(by_rank) < ranks:
+                try:
+                    by_rank.update([found.get(timeout=1)])
+                except queue.Empty:
+                    if any(process.exitcode for process in processes):
+                        raise ProcessEndedError("a rank has ended by itself; its output tells why") from None
+            for process in processes:
+                process.join()
+        finally:
+            for process in processes:
+                if process.is_alive():  # it waits for a rank that is gone
+                    process.terminate()
+                    process.join()
     return replace(by_rank[0], processor=sum(of.processor for of in by_rank.values()))
 
 
@@ -289,8 +306,10 @@ def _rank(
     rank: int, ranks: int, meet: str, load: Load, total: int, warm: int, settings: Settings, threads: int, found: Any
 ) -> None:
     torch.set_num_threads(threads)
+    workload = Workload(load)
+    gc.freeze()  # as the other figures have it
     with Processes(rank, ranks, meet) as group:
-        found.put((rank, _from_kafka(Workload(load), total, warm, settings, group)))
+        found.put((rank, _from_kafka(workload, total, warm, settings, group)))
 
 
 class Topics:
@@ -329,12 +348,14 @@ class Topics:
 
 
 class Announcements(threading.Thread):
-    """Notes when each model was announced, as a scorer learns it: (wall seconds, announcement)."""
+    """Notes when each model was announced from now on, as a scorer learns it: (wall seconds, announcement)."""
 
     def __init__(self, kafka: KafkaSettings) -> None:
         super().__init__(daemon=True)
         self.seen: list[tuple[float, ModelUpdate]] = []
         self._view = LogView(kafka, {"model-updates": self._note})
+        self._view.warm_up()
+        self.seen.clear()  # models of earlier runs
         self._stop_asked = threading.Event()
 
     def run(self) -> None:
@@ -424,7 +445,7 @@ def running_trainer(settings: Settings, frame: Frame) -> Iterator[None]:
     try:
         while len(journal.runs()) == before:  # it begins a run once it is ready
             if process.exitcode is not None:
-                raise RuntimeError("the trainer has ended by itself; its output tells why")
+                raise ProcessEndedError("the trainer has ended by itself; its output tells why")
             time.sleep(0.1)
         yield
     finally:

@@ -15,7 +15,7 @@ from gpl.fit import FitOptions, fit
 from gpl.labels import labeller
 from gpl.preranker.ids import IdTable
 from gpl.preranker.model import PreRanker
-from streams.bench.freshness import ARMS, DRIFT, POLICIES, Run, Study, _Pairs, _Ranked, page
+from streams.bench.freshness import ARMS, DRIFT, POLICIES, Run, Study, _Pairs, _Ranked, fingerprint, page
 from streams.bench.live import Plan, Stages
 from streams.bench.sync import ANCHORS, MINUTE, Outcomes, run
 from streams.bench.timed import TimedStream
@@ -128,6 +128,28 @@ def test_an_arm_is_trained_as_if_it_were_alone(artefacts: Artefacts, settings: S
     assert beside.pair_logit["1 min"] == outcomes(artefacts, settings).pair_logit["1 min"]
 
 
+def test_results_are_taken_up_under_the_settings_that_made_them(settings: Settings) -> None:
+    def changed(section: str, **update: object) -> Settings:
+        return settings.model_copy(update={section: getattr(settings, section).model_copy(update=update)})
+
+    same = fingerprint(settings)
+    for other in (
+        changed("labels", matching="kernel"),
+        changed("trainer", learning_rate=0.01),
+        changed("profiles", min_interval_seconds=61.0),
+        changed("generator", beams=11),
+        changed("codes", levels=2),
+        changed("space", encoder="precomputed"),
+    ):
+        assert fingerprint(other) != same
+    for other in (
+        changed("kafka", bootstrap_servers="elsewhere:9092"),
+        changed("trainer", models=Path("elsewhere"), seed=7),
+        changed("space", cache=Path("elsewhere")),
+    ):
+        assert fingerprint(other) == same
+
+
 def test_auc_is_that_of_the_library_with_any_weights() -> None:
     rng = np.random.default_rng(2)
     clicked, scores = rng.random(300) < 0.3, rng.integers(20, size=300) / 4
@@ -146,10 +168,10 @@ def test_the_page_tells_every_interval_and_policy(artefacts: Artefacts, settings
         Run(0, policy, run(requests(), artefacts, catalogue, settings, freshness.INTERVALS, JUDGED_FROM, period, arms))
         for policy, period in POLICIES.items()
     ]
-    live = Stages(Plan(20, 1, 2, 1), 2, *([seconds] * 20 for seconds in (2.25, 0.5, 0.125, 2.875)))
+    live = Stages(Plan(20, 1, 2, 1), "Some Kafka 1.2", 2, *([seconds] * 20 for seconds in (2.25, 0.5, 0.125, 2.875)))
     streams = [(TimedStream("Made up", "", items(), [], 0), runs)]
     text = page(streams, settings, Study(1, 15), "gpl bench freshness", live)
-    assert "| click -> in service | 2.88 | 2.88 |" in text
+    assert "| click -> in service | 2.88 | 2.88 |" in text and "running system: Some Kafka 1.2," in text
     assert "## From a click" not in page(streams, settings, Study(1, 15), "gpl bench freshness")
     for name in (*freshness.INTERVALS, *POLICIES, *ARMS):
         assert f"| {name} | " in text

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from streams.bench import worker
 from streams.bench.stream import CLOSES_AFTER_MS, Labelled, Sent, _by_minute, delays, due
 from streams.broker.process import Child
-from streams.demo.processes import without_settings
+from streams.demo.processes import Part, ProcessEndedError, without_settings
 
 T = 1_700_000_000_000
 
@@ -62,3 +63,17 @@ def test_a_child_has_the_settings_it_is_given_and_none_of_this_process(
         "GPL_CONFIG": "own.toml"
     }
     assert found["OTHER"] == "kept"
+
+
+def test_a_worker_that_does_not_answer_is_no_worker_that_did_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "_PATIENCE", 0.2)
+    silent = Part("silent", [], tmp_path / "silent.log", ["sh", "-c", "exec sleep 60"])
+    try:
+        with pytest.raises(TimeoutError, match="silent"):
+            worker.read(silent)
+    finally:
+        silent.stop(5)
+    with pytest.raises(ProcessEndedError, match="silent"):
+        worker.read(silent)
