@@ -15,11 +15,12 @@ from gpl.fit import FitOptions, fit
 from gpl.labels import labeller
 from gpl.preranker.ids import IdTable
 from gpl.preranker.model import PreRanker
-from streams.bench.freshness import ARMS, DRIFT, POLICIES, Run, Study, _Pairs, _Ranked, fingerprint, page
+from streams.bench.freshness import ARMS, DRIFT, HOUR, POLICIES, Run, Study, _Pairs, _Ranked, fingerprint, page, study
 from streams.bench.live import Plan, Stages
 from streams.bench.sync import ANCHORS, MINUTE, Outcomes, run
 from streams.bench.timed import TimedStream
 from streams.contracts import Feedback, Item, Label, Recall
+from streams.demo.upstream import Rating
 from streams.fitting import catalogue_of
 from streams.frame import Frame
 from streams.history.pipeline import Pipeline, in_event_time
@@ -148,6 +149,31 @@ def test_results_are_taken_up_under_the_settings_that_made_them(settings: Settin
         changed("space", cache=Path("elsewhere")),
     ):
         assert fingerprint(other) == same
+
+
+def test_after_a_failure_no_run_is_begun_and_what_was_done_is_taken_up(settings: Settings, tmp_path: Path) -> None:
+    settings = settings.model_copy(
+        update={
+            "space": settings.space.model_copy(update={"encoder": "precomputed"}),
+            "generator": settings.generator.model_copy(update={"kind": "history"}),
+        }
+    )
+    rng = np.random.default_rng(4)
+    ratings = [Rating(f"u{n % USERS}", f"i{rng.integers(ITEMS)}", START + n * HOUR, 5.0 * (n % 2)) for n in range(60)]
+    stream, plan = TimedStream("Made up", "", items(), ratings, 0), Study(1, 30)
+
+    def interrupt(line: str) -> None:
+        if "judged" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        study(stream, settings, plan, tmp_path / "out", 1, interrupt)
+    (directory,) = (tmp_path / "out").iterdir()
+    first = directory / "weekly-0.json"
+    assert sorted(directory.glob("*.json")) == [first]
+    for policy in POLICIES:
+        (directory / f"{policy}-0.json").write_bytes(first.read_bytes())
+    assert [run.policy for run in study(stream, settings, plan, tmp_path / "out", 1, interrupt)] == list(POLICIES)
 
 
 def test_auc_is_that_of_the_library_with_any_weights() -> None:
