@@ -84,6 +84,7 @@ def calibrate(
     config: ConfigOption = None,
 ) -> None:
     """Fit the calibration anew on the labels of a running system, and compare it with the one in force."""
+    from gpl.artefacts import Artefacts
     from gpl.labels.calibration import fit_calibration
     from streams import calibrations
     from streams.contracts import calibration_record
@@ -96,9 +97,15 @@ def calibrate(
         requests = list(labelled(log, resolve(log, wanted, settings.labels), settings))
         if not requests:
             raise LogError("no label of the range has an exposed item with a score: users without anchors have none")
-        # As those of the newest are made: a new generator or configuration begins anew.
-        source = max(requests, key=lambda r: r.ts).source
-        kept = [r for r in requests if r.source == source]
+        # A new space, generator or configuration begins anew, and what is published is for that of now.
+        fitted = Artefacts.load(settings.artefacts, with_generator=False)
+        versions = (fitted.space.version, fitted.quantiser.version, fitted.generator.version)
+        kept = [r for r in requests if r.source == (*versions, settings.fingerprint())]
+        if not kept:
+            raise LogError(
+                f"none of {len(requests):,} requests was labelled by what {settings.artefacts} and the settings in "
+                "force say; after a refit users have anchors from their next click on"
+            )
         held = [r for r in kept if held_out(r.user_id)]
         fitted_on, judged_on = Exposures.of([r for r in kept if not held_out(r.user_id)]), Exposures.of(held)
         fitted_on.check("to fit on")
@@ -108,6 +115,7 @@ def calibrate(
         before = calibrations.in_force(settings.kafka, now)
         after = fit_calibration(method or settings.calibration.kind, fitted_on.score, fitted_on.clicked)
         oldest, newest = min(r.ts for r in kept), max(r.ts for r in kept)
+        record = calibration_record(after.to_dict(), now)
         left_out = len(requests) - len(kept)
         _out.print(
             f"{len(kept):,} requests from {time_text(oldest)} to {time_text(newest)}"
@@ -118,12 +126,15 @@ def calibrate(
         table = Table("on what was held out", "kind", "version", "log loss", "ECE", box=None)
         version = "" if before is None else before.version
         _row(table, "in force", calibration_of(before), version, judged_on)
-        _row(table, "fitted", after, calibration_record(after.to_dict(), now).version, judged_on)
+        _row(table, "fitted", after, record.version, judged_on)
         _out.print(table)
+        if before is not None and before.version == record.version:
+            _out.print("Nothing was published: it is in force already.")
+            return
         if not publish:
             _out.print("Nothing was published. --publish puts the fitted one in force.")
             return
-        record = calibrations.publish(settings.kafka, after, now)
+        calibrations.publish(settings.kafka, after, now)
         _out.print(Text(f"published {record.version}, in force for recalls from {time_text(now)} on"))
 
 
@@ -135,7 +146,7 @@ def held_out(user_id: str) -> bool:
 def labelled(log: Log, selection: Selection, settings: Settings) -> Iterator[Request]:
     """The requests of the selection that have exposed items with a score, each as its newest label on the log says.
 
-    Holds these columns of a partition's requests in memory.
+    The caller holds them: some 0.5 KB a request of the range.
     """
     from streams.replay.recorded import CLOCK_SKEW_MS, label_of
 

@@ -24,8 +24,9 @@ def publish(kafka: KafkaSettings, fitted: Fitted, ts: int = 0) -> Calibration:
     """Put a calibration on its topic, in force from ``ts`` on, and wait until it is durable."""
     record = calibration_record(fitted.to_dict(), ts)
     with producer(kafka) as out:
-        # Keyed by version: compaction keeps every version, since old requests may still ask for an old one.
-        out.send(full_name(kafka, TOPIC), key=record.version.encode(), value=encode(record)).get(timeout=30)
+        # Compaction keeps every version, and each time from which it was in force: old requests may still ask for it.
+        key = record.version if ts == 0 else f"{record.version}-{ts}"
+        out.send(full_name(kafka, TOPIC), key=key.encode(), value=encode(record)).get(timeout=30)
     return record
 
 

@@ -111,6 +111,7 @@ class Role(Generic[P]):
         self._worked = time.process_time()
         self._stepped = self._received = self._ticked
         self._busy_since: float | None = None
+        self._batch: asyncio.Task[Any] | None = None
         subscribe(self.app, raw_topic(self.app, settings.kafka, *sources), self)
 
     own_state: tuple[str, ...] = ()
@@ -253,6 +254,7 @@ class Role(Generic[P]):
             return  # halted: what is not taken stays in the log, and polling goes on or the group would let us go
         source = self._sources[tp.topic]
         self._received = self._busy_since = self.clock()
+        self._batch = asyncio.current_task()
         try:
             await self._take_all(tp.partition, partition, source, records)
             await self.taken(tp.partition, partition, source, records[-1].timestamp)
@@ -265,10 +267,11 @@ class Role(Generic[P]):
             self._busy_since = None
 
     def at_work(self) -> None:
-        """A step of a batch, or of a tick, is done: a long one is no standstill."""
-        self._stepped = self.clock()
-        if self._busy_since is not None:
-            self._busy_since = self._stepped
+        """A step of the batch in hand, or of the tick, is done: each by itself, a long one is no standstill."""
+        if self._busy_since is not None and asyncio.current_task() is self._batch:
+            self._busy_since = self.clock()
+        else:
+            self._stepped = self.clock()
 
     def working_since(self, then: float) -> bool:
         """Whether the tick, and the batch in hand if there is one, have made a step after ``then`` (of ``clock``)."""

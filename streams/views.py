@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -180,11 +180,11 @@ class AnchorsView(Generic[V]):
         versions = self._by_user.get((partition, user_id))
         return None if versions is None else versions.at(ts)
 
-    def forget_before(self, partition: int, ts: int) -> None:
-        """Let go of versions that requests of a partition at or after ``ts`` cannot use."""
-        for (number, _), versions in self._by_user.items():
-            if number == partition:
-                versions.forget_before(ts)
+    def forget_before(self, times: Mapping[int, int]) -> None:
+        """Let go of versions that requests of a partition at or after its time cannot use."""
+        for (partition, _), versions in self._by_user.items():
+            if partition in times:
+                versions.forget_before(times[partition])
 
 
 class CalibrationView:

@@ -150,13 +150,16 @@ class Worker:
         return self._log is not None and self._log.ready and self._index_whole
 
     async def _fill_index(self, log_view: LogView, index: VectorIndex) -> None:
-        """Give a server back what the log says that it holds, when it has lost points: a new disk, an old backup."""
+        """Give a server back what the log says that it holds: it may have a new disk, or that of a backup.
+
+        The number of items tells: a difference of any other kind is not looked for at every start.
+        """
         try:
             while not log_view.ready:
                 await asyncio.sleep(0.05)
             held = await when_available(index.count, lambda: True)
-            if held is not None and held < len(self._catalogue):
-                log.warning("the index has lost items and is filled again", held=held, items=len(self._catalogue))
+            if held is not None and held != len(self._catalogue):
+                log.warning("the index does not hold the catalogue: compared", held=held, items=len(self._catalogue))
                 for some in batches(self._catalogue.ids(), FILL):
                     ids, vectors = self._catalogue.lookup(some)
                     sids = self._catalogue.sids[self._catalogue.rows(ids)]
@@ -230,10 +233,13 @@ class Worker:
 
 
 def _put_missing(index: VectorIndex, ids: list[str], vectors: NDArray[np.float32], sids: NDArray[np.int32]) -> None:
+    """Write the items that the index does not hold, or holds with another vector: rows (n, dim) and (n, levels)."""
     found = index.retrieve(ids)
-    lost = [n for n, item_id in enumerate(ids) if item_id not in found]
-    if lost:
-        index.upsert([ids[n] for n in lost], vectors[lost], sids[lost])
+    wrong = [
+        n for n, name in enumerate(ids) if name not in found or not np.allclose(found[name], vectors[n], atol=1e-5)
+    ]
+    if wrong:
+        index.upsert([ids[n] for n in wrong], vectors[wrong], sids[wrong])
 
 
 def _torch_on_one_thread() -> None:

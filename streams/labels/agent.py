@@ -199,16 +199,17 @@ class LabelsRole(Role[Partition]):
         if now - self._anchors_forgotten < FORGET_EVERY or not self.partitions:
             return
         self._anchors_forgotten = now
-        for number, partition in self.partitions.items():
-            if partition.joiner.horizon != NEVER:
-                self._anchors.forget_before(number, partition.joiner.horizon - self._anchors_kept_ms)
+        horizons = {number: partition.joiner.horizon for number, partition in self.partitions.items()}
+        self._anchors.forget_before(
+            {number: at - self._anchors_kept_ms for number, at in horizons.items() if at != NEVER}
+        )
 
     # --- what goes out ------------------------------------------------------------------------------------------
 
     async def _settle(self, number: int, partition: Partition, trigger_ms: int, at_once: bool = False) -> None:
-        """Label what is due, correct what was touched, release what is over.
+        """Label what is due since ``trigger_ms``, correct what was touched, release what is over.
 
-        ``at_once``: no more than ``CLOSE_AT_ONCE`` of each; the next call goes on.
+        ``at_once``: no more than ``CLOSE_AT_ONCE`` of each; the next call goes on. What was touched came just now then.
         """
         if not self.ready():
             return
@@ -216,6 +217,9 @@ class LabelsRole(Role[Partition]):
             if partition.joiner.retained or partition.over:
                 self._read_back(number, partition)
             return
+        while partition.lock.locked():
+            self.at_work()  # the other's steps tell whether it still works
+            await asyncio.sleep(0.01)
         async with partition.lock:
             self._slice_began = time.monotonic()
             joiner, full = partition.joiner, True
@@ -231,13 +235,15 @@ class LabelsRole(Role[Partition]):
                     break
             await self._refuse_late(number, partition)
             repeating = partition.repeats()
-            left = CLOSE_AT_ONCE if at_once else len(partition.touched)
+            left, since = len(partition.touched), trigger_ms
+            if at_once:
+                left, since = min(left, CLOSE_AT_ONCE), int(self.clock() * 1000)
             while partition.touched and left and self.owns(number, partition):
                 left -= 1
                 request_id = next(iter(partition.touched))
                 cause = partition.touched.pop(request_id)
                 self.at_work()
-                await self._publish(number, partition, joiner.rejoin(request_id), cause, trigger_ms)
+                await self._publish(number, partition, joiner.rejoin(request_id), cause, since)
             # Nothing is over while something is still due: its feedback would go with it.
             if not (full or partition.touched or repeating) and self.owns(number, partition):
                 self._forget(partition)

@@ -272,10 +272,13 @@ class Joiner:
         """Feedback without request_id that belongs to ``request``: the same as asking ``_owner`` of each, with every
         later request looked at once. Reading candidates is what costs, and a user may hold hundreds of requests."""
         entries = [e for e in self._anonymous.get(request.user_id, ()) if self._counts(request, e.feedback)]
-        if entries:
-            own = self._candidates(request.request_id, request.source.offset)
-            entries = [e for e in entries if e.feedback.item_id in own]
+        if not entries:
+            return entries
+        own = self._candidates(request.request_id, request.source.offset)
+        entries = [e for e in entries if e.feedback.item_id in own]
         for later in self._by_user[request.user_id].values():
+            if not entries:
+                break
             if _order(later) <= _order(request):
                 continue
             claimed = [e for e in entries if self._counts(later, e.feedback)]

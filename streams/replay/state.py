@@ -177,7 +177,7 @@ class Items:
         try:
             if entry.value is not None:
                 item = decode(ItemVector, entry.value)
-                if (item.encoder, item.quantiser) != (frame.encoder, frame.quantiser):
+                if (item.encoder, item.quantiser) != frame.space:
                     view.foreign += 1
                     return
                 item_id, vector = item.item_id, next(iter(vectors_from(item.vector, frame.dim)), None)

@@ -51,7 +51,7 @@ class Served:
         published = models.read(update.uri, update.checksum)
         manifest = published.manifest
         space = (manifest.encoder, manifest.quantiser)
-        if space != (frame.encoder, frame.quantiser):
+        if space != frame.space:
             raise models.ModelError(f"encoder, quantiser: {space}, this scorer serves another space")
         return cls(manifest.version, manifest.published_at, published.weights, published.ids, frame, catalogue)
 

@@ -80,4 +80,5 @@ def _rank(
         log.error("rank_without_the_others", rank=rank, why=str(error))
         sys.exit(1)
     except loop.CLEAR as error:
+        log.error("rank_ended", rank=rank, why=str(error))
         sys.exit(f"error: {error}" if rank == 0 else 1)  # one says it, without a traceback

@@ -46,14 +46,15 @@ class Server(grpc.PointsServicer, grpc.CollectionsServicer):
         self._server.stop(0).wait()
 
     def lose(self, share: float) -> None:
-        """So much of what it holds is gone, as with an old backup."""
+        """As after an old backup: so much of what it held is gone, and one item has the vector of before."""
         with self._lock:
-            gone = sorted(self._names)[: int(share * len(self._names))]
+            *gone, changed = sorted(self._names)[: int(share * len(self._names)) + 1]
             self._edge.delete([self._names.pop(point) for point in gone])
+            self._edge.upsert([self._names[changed]], np.eye(1, self._dim, dtype=np.float32), np.zeros((1, 1), int))
 
-    def count(self) -> int:
+    def vectors(self, ids: list[str]) -> dict[str, Any]:
         with self._lock:
-            return self._edge.count()
+            return self._edge.retrieve(ids)
 
     def __enter__(self) -> Server:
         self.start()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from streams.contracts import ItemVector, decode
 from streams.settings import KafkaSettings
+from streams.views import vectors_from
 from tests.crash.fleet import Fleet, Worker
 from tests.crash.qdrant import Server
 from tests.crash.site import DIM, ITEMS, Follower, Outcome, Sender, send_items, settings, until_same
@@ -50,9 +53,20 @@ def test_an_index_that_is_away_delays_labels_and_changes_none(
             sender.finish()
             outcome = until_same(follower, reference)
             assert workers[0].metric("gpl_index_unavailable_total") > 0
+            # What it holds is the catalogue; and again after it was put back to an earlier state.
+            said = [decode(ItemVector, value) for value in follower.poll().vectors.values()]
+            items = {item.item_id: vectors_from(item.vector, DIM)[0] for item in said}
+
+            def whole() -> bool:
+                held = server.vectors(list(items))
+                return held.keys() == items.keys() and all(
+                    np.allclose(held[name], items[name], atol=1e-5) for name in items
+                )
+
+            assert whole()
             server.lose(0.5)
-            assert server.count() < ITEMS
+            assert not whole()
             fleet.kill(0)
-            wait_for("the index to be whole again", lambda: server.count() == ITEMS)
+            wait_for("the index to be whole again", whole)
         assert outcome.twice == []
         assert [worker.failures for worker in workers] == [0, 0, 0]

@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 from typer.testing import CliRunner, Result
 
+from gpl.artefacts import Artefacts
 from gpl.labels.calibration import NoCalibration, Platt
 from streams import calibrations, cli
 from streams.contracts import Calibration, Exposed, Label, Provenance, Recall, Unexposed, decode, encode
 from streams.kafka import producer
 from streams.log_view import LogView
-from streams.settings import KafkaSettings
+from streams.settings import KafkaSettings, load
 from streams.topics import full_name
 from streams.views import CalibrationView
 from tests.crash.site import make_artefacts
@@ -46,7 +47,11 @@ START, REQUESTS = 1_700_000_000_000, 400
 TRUTH = Platt(4.0, -2.0)
 
 
-def label(n: int, clicked: list[int], score: list[float | None], revision: int = 0, config: str = "now") -> Label:
+Source = tuple[str, str, str, str]
+
+
+def label(source: Source, n: int, clicked: list[int], score: list[float | None], revision: int = 0) -> Label:
+    encoder, quantiser, generator, config = source
     return Label(
         request_id=f"r{n}",
         revision=revision,
@@ -55,23 +60,24 @@ def label(n: int, clicked: list[int], score: list[float | None], revision: int =
         outcome="labelled" if score[0] is not None else "no_anchors",
         exposed=Exposed([f"i{i}" for i in range(len(clicked))], clicked, score),
         unexposed=Unexposed([], [], [], []),
-        provenance=Provenance((0, n), [], 5, 0, None, None, "e", "q", "g", None, config, None),
+        provenance=Provenance((0, n), [], 5, 0, None, None, encoder, quantiser, generator, None, config, None),
     )
 
 
-def some_labels() -> list[Label]:
-    """Clicks by ``TRUTH``, known with the second revision. The first hundred: another configuration, turned round."""
+def some_labels(now: Source) -> list[Label]:
+    """Clicks by ``TRUTH``, known with the second revision. The first hundred, and the newest: another generator's,
+    turned round."""
     rng, made = np.random.default_rng(5), []
     for n in range(REQUESTS):
         score = rng.uniform(-1, 1, 5).astype(np.float32)
         clicked = (rng.uniform(size=5) < TRUTH.apply(score)).astype(int)
         scores = score.astype(float).tolist()
-        if n < 100:
-            made.append(label(n, (1 - clicked).tolist(), scores, config="before"))
+        if n < 100 or n == REQUESTS - 1:
+            made.append(label((*now[:2], "before", now[3]), n, (1 - clicked).tolist(), scores))
             continue
-        made.append(label(n, [0] * 5, scores))
-        made.append(label(n, clicked.tolist(), scores, revision=1))
-    return [*made, label(REQUESTS, [1, 1], [None, None])]
+        made.append(label(now, n, [0] * 5, scores))
+        made.append(label(now, n, clicked.tolist(), scores, revision=1))
+    return [*made, label(now, REQUESTS, [1, 1], [None, None])]
 
 
 def figures(output: str) -> dict[str, tuple[float, float]]:
@@ -93,10 +99,12 @@ prefix = "{kafka_settings.prefix}"
     def gpl(*arguments: str) -> Result:
         return CliRunner().invoke(cli.app, ["calibrate", *arguments, "--config", str(config)])
 
+    made = Artefacts.load(tmp_path / "artefacts", with_generator=False)
+    source = (made.space.version, made.quantiser.version, made.generator.version, load(config).fingerprint())
     calibrations.publish_first(kafka_settings, FITTED)
     newest = START + (REQUESTS + 5) * 1000
     with producer(kafka_settings) as out:
-        for record in some_labels():
+        for record in some_labels(source):
             out.send(full_name(kafka_settings, "labels"), key=record.user_id.encode(), value=encode(record))
         out.send(full_name(kafka_settings, "labels"), key=b"u1", value=b"no label")
         # What has been asked for already keeps its calibration.
@@ -105,7 +113,7 @@ prefix = "{kafka_settings.prefix}"
 
     shown = gpl()
     assert shown.exit_code == 0, (shown.output, shown.exception)
-    assert "300 requests" in shown.output and "100 of another space, generator or configuration" in shown.output
+    assert "299 requests" in shown.output and "101 of another space, generator or configuration" in shown.output
     assert "--publish" in shown.output and len(on_topic(kafka_settings)) == 1
     compared = figures(shown.output)
     assert compared["fitted"][0] < compared["in"][0] and compared["fitted"][1] < compared["in"][1]
@@ -116,8 +124,9 @@ prefix = "{kafka_settings.prefix}"
     assert abs(refitted.slope - TRUTH.slope) < 1 and abs(refitted.intercept - TRUTH.intercept) < 0.5
     assert calibrations.in_force(kafka_settings, newest) == first
     assert calibrations.in_force(kafka_settings, newest + 1) == refitted
-    again = figures(gpl().output)
-    assert again["in"] == again["fitted"]
+    again = gpl("--publish", "--last", "400s")
+    assert figures(again.output)["in"] == figures(again.output)["fitted"]
+    assert "in force already" in again.output and on_topic(kafka_settings) == [first, refitted]
 
     assert gpl("--publish", "--method", "isotonic").exit_code == 0
     assert on_topic(kafka_settings)[-1].kind == "isotonic"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -184,6 +185,15 @@ def test_closing_reads_each_request_of_a_busy_user_once_or_twice():
     assert due[0].recall.request_id == "r000" and due[0].exposed == {} and store.reads <= 2 * requests
     rest = joiner.close(10 + WINDOW)
     assert [set(joined.exposed) for joined in rest] == [set()] * (requests - 2) + [set(ITEMS)]
+
+
+def test_closing_without_anonymous_feedback_looks_at_no_other_request(monkeypatch: pytest.MonkeyPatch):
+    joiner = Joiner(WINDOW, RETENTION)
+    for n in range(50):
+        joiner.add_recall(recall(f"r{n}", 10), source(n))
+        joiner.add_feedback(feedback(f"e{n}", 20, "a", f"r{n}"), source(n))
+    monkeypatch.setattr("streams.labels.joiner._order", lambda _: pytest.fail("looked at"))
+    assert [joined.exposed for joined in joiner.close(10 + WINDOW)] == [{"a": False}] * 50
 
 
 def test_a_late_recall_takes_anonymous_feedback_from_the_request_before_it():

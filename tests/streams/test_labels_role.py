@@ -172,7 +172,8 @@ async def test_a_tick_makes_so_many_corrections_and_lets_go_of_nothing_before_th
     assert {label.provenance.calibration for name, label in site.labels.items() if name != "last"} == {"new"}
 
 
-async def test_waiting_for_an_index_that_is_away_is_no_standstill() -> None:
+@pytest.mark.parametrize("who", ["intake", "tick"])
+async def test_waiting_for_an_index_that_is_away_is_no_standstill(who: str) -> None:
     away, asked, now = True, asyncio.Event(), 1000.0
 
     async def have(_ids: Iterable[str], wanted: Callable[[], bool]) -> bool:
@@ -182,19 +183,57 @@ async def test_waiting_for_an_index_that_is_away_is_no_standstill() -> None:
         return not away
 
     site = Site(Settings(), have)
-    site.role.clock = lambda: now
+    role = site.role
+    role.clock = lambda: now
+    role._ticked = role._stepped = now
     await site.receive("feedback", [Feedback("e", "other", "0", START + DAY, "impression")])
+    role.state_ready = who == "intake"  # else nothing is labelled as it comes
     waiting = asyncio.ensure_future(
         site.receive("recalls", [Recall("r", "u", START, ["0"]), Recall("last", "u", START + DAY, ["0"])])
     )
+    if who == "tick":
+        await waiting
+        role.state_ready = True
+        waiting = asyncio.ensure_future(role.advance(0, role.partitions[0], now, set()))
     for _ in range(10):
         now += 30
+        if who == "intake":
+            role._ticked = now  # the tick has other partitions to look at
         asked.clear()
         await asked.wait()
-        assert site.role.working_since(now - 60), "it asks again and again"
+        assert role.working_since(now - 60), "it asks again and again"
     away = False
     await waiting
     assert site.labels["r"].outcome == "no_anchors" and site.failures == []
+
+
+async def test_a_batch_that_hangs_shows_although_the_tick_goes_on() -> None:
+    now, hung = 1000.0, asyncio.Event()
+    site = Site(Settings())
+    role = site.role
+    role.begin({TP(f"gpl.{source}", number): "" for source in ("recalls", "feedback") for number in (0, 1)})
+    role.state_ready = True
+    for partition in role.partitions.values():
+        partition.published, partition.repeating = Published(), False
+    role.clock = lambda: now
+    role._ticked = role._stepped = now
+
+    async def no_room(*_: object, **__: object) -> None:
+        hung.set()
+        await asyncio.Event().wait()
+
+    role.publisher.send = no_room  # type: ignore[assignment,method-assign]
+    await site.receive("feedback", [Feedback("e", "other", "0", START + DAY, "impression")])
+    batch = [Recall("r", "u", START, ["0"]), Recall("last", "u", START + DAY, ["0"])]
+    working = asyncio.ensure_future(site.receive("recalls", batch))
+    await hung.wait()
+    for _ in range(8):
+        now += 10
+        for number, partition in role.partitions.items():
+            await role.advance(number, partition, now, set())
+        role._ticked = now
+    assert not role.working_since(now - 60)
+    working.cancel()
 
 
 async def test_recalls_whose_label_is_in_the_log_are_no_dead_letters_whatever_else_differs() -> None:

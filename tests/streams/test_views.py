@@ -69,9 +69,9 @@ def test_anchors_view_answers_as_of_a_time():
     assert view.at(2, "nobody", 99) is None
     assert view.at(1, "u", 99) is None, "of another partition, which this worker may lose"
     assert told == [(2, 1), (2, 2)]
-    view.forget_before(1, 25)
+    view.forget_before({1: 25})
     assert view.at(2, "u", 15) == 1, "of another partition"
-    view.forget_before(2, 25)
+    view.forget_before({2: 25})
     assert view.at(2, "u", 30) == 2 and view.at(2, "u", 15) is None
     view(record(None, b"u", 2))
     assert len(view) == 0
