@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import tempfile
 from collections import deque
 from collections.abc import Callable
@@ -75,6 +76,16 @@ def make_app(kafka: KafkaSettings, role: str) -> Any:
     # An app that is started in a running loop is never "finalised" by a command line.
     app.finalize()
     return app
+
+
+def show_errors() -> None:
+    """Errors that Faust logs go to stderr. Its loggers have handlers that do nothing, which keep them from all others."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s [%(levelname)s] %(name)s: %(message)s"))
+    for name in ("faust", "mode"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.ERROR)
+        logger.addHandler(handler)
 
 
 def _credentials(kafka: KafkaSettings) -> Any:

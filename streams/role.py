@@ -326,6 +326,9 @@ class Role(Generic[P]):
                 self.halt(why)
 
     async def _tick(self) -> None:
+        if self.app.crashed:
+            # What died is some part of Faust's that nobody waits for; no role would notice before it stalls.
+            raise RuntimeError(f"Faust ended: {self.app.crash_reason!r}") from self.app.crash_reason
         if self.ready():
             self.health.done(self.name)
         now = self.clock()

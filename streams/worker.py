@@ -24,6 +24,7 @@ from gpl.index.base import VectorIndex, batches
 from gpl.space import PRECOMPUTED, SentenceEncoder
 from streams import calibrations, metrics
 from streams.contracts import ItemVector
+from streams.faust_app import show_errors
 from streams.labels.agent import LabelsRole
 from streams.labels.catalogue import CatalogueRole
 from streams.labels.matrix import RecalledVectors
@@ -269,4 +270,5 @@ def run(settings: Settings, role: RoleName) -> None:
     # The event loop shares the interpreter with the clients' network threads and the generator; at the default of
     # 5 ms every send that lets go of the lock may wait that long to get it back.
     sys.setswitchinterval(0.0005)
+    show_errors()
     asyncio.run(_main(settings, role))

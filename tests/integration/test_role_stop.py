@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from kafka import TopicPartition
 
 from streams import metrics
 from streams import role as role_module
+from streams.faust_app import show_errors
 from streams.kafka import consumer
 from streams.role import PartitionState, Role
 from streams.settings import KafkaSettings, Settings
@@ -41,6 +43,31 @@ async def test_the_position_of_a_partition_that_has_just_gone_is_not_known(monke
 
     monkeypatch.setattr(role.app.consumer, "position", position)
     assert await role._position(TP("recalls", 0)) is None
+
+
+@pytest.mark.kafka
+async def test_what_ends_a_part_of_faust_ends_the_role_and_is_told(
+    kafka_settings: KafkaSettings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failures: list[BaseException] = []
+    role = Idle("idle", ("recalls",), Settings(kafka=kafka_settings), metrics.Health(), failures.append)
+    errors = {name: logging.getLogger(name).handlers[:] for name in ("faust", "mode")}
+    show_errors()
+    try:
+        await role.start()
+        await until("partitions", lambda: bool(role.partitions))
+
+        async def broken(*_: Any, **__: Any) -> Any:
+            raise ValueError("a fetch that Faust did not foresee")
+
+        monkeypatch.setattr(role.app.consumer, "_wait_next_records", broken)
+        await until("the failure", lambda: bool(failures))
+    finally:
+        await role.stop()
+        for name, before in errors.items():
+            logging.getLogger(name).handlers[:] = before
+    assert isinstance(failures[0].__cause__, ValueError) and "did not foresee" in str(failures[0])
+    assert "did not foresee" in capsys.readouterr().err
 
 
 @pytest.mark.kafka
