@@ -79,7 +79,7 @@ def make_app(kafka: KafkaSettings, role: str) -> Any:
 
 
 def show_errors() -> None:
-    """Errors that Faust logs go to stderr. Its loggers have handlers that do nothing, which keep them from all others."""
+    """Errors that Faust logs go to stderr. Its loggers have handlers that do nothing, which keep them from others."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s [%(levelname)s] %(name)s: %(message)s"))
     for name in ("faust", "mode"):
