@@ -57,8 +57,6 @@ def make_app(kafka: KafkaSettings, role: str) -> Any:
         broker_max_poll_interval=300.0,
         # Faust makes this directory whether or not there are tables to keep in it; there are none.
         datadir=Path(tempfile.gettempdir()) / "gpl-faust",
-        # Requests stay unacknowledged for their whole window on purpose; that is no livelock.
-        broker_commit_livelock_soft_timeout=7 * 86400.0,
         consumer_auto_offset_reset="earliest",
         # So many at a time are worked on before the loop looks at anything else.
         broker_max_poll_records=1000,
@@ -82,7 +80,7 @@ def show_errors() -> None:
     """Errors that Faust logs go to stderr. Its loggers have handlers that do nothing, which keep them from others."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s [%(levelname)s] %(name)s: %(message)s"))
-    for name in ("faust", "mode"):
+    for name in ("faust", "mode", "streams"):  # a service logs under the module of its class
         logger = logging.getLogger(name)
         logger.setLevel(logging.ERROR)
         logger.addHandler(handler)

@@ -146,6 +146,10 @@ class _Consumer(driver.Consumer):  # type: ignore[misc]
     def _new_consumer_thread(self) -> _Thread:
         return _Thread(self, loop=self.loop, beacon=self.beacon)
 
+    def verify_event_path(self, now: float, tp: TP) -> None:
+        """Faust looks for livelocks here, and its consumer ends when a partition has no position yet, as in a slow
+        rebalance. Requests stay unacknowledged for their whole window on purpose, and streams/liveness.py watches."""
+
     async def on_partitions_revoked(self, revoked: set[TP]) -> None:
         # Before Faust flushes its producer: what was sent is durable before another worker reads the partition.
         self._intake.revoked()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import Any
 
 import pytest
@@ -51,7 +52,7 @@ async def test_what_ends_a_part_of_faust_ends_the_role_and_is_told(
 ) -> None:
     failures: list[BaseException] = []
     role = Idle("idle", ("recalls",), Settings(kafka=kafka_settings), metrics.Health(), failures.append)
-    errors = {name: logging.getLogger(name).handlers[:] for name in ("faust", "mode")}
+    errors = {name: logging.getLogger(name).handlers[:] for name in ("faust", "mode", "streams")}
     show_errors()
     try:
         await role.start()
@@ -68,6 +69,24 @@ async def test_what_ends_a_part_of_faust_ends_the_role_and_is_told(
             logging.getLogger(name).handlers[:] = before
     assert isinstance(failures[0].__cause__, ValueError) and "did not foresee" in str(failures[0])
     assert "did not foresee" in capsys.readouterr().err
+
+
+@pytest.mark.kafka
+async def test_a_partition_without_a_position_ends_nothing(kafka_settings: KafkaSettings) -> None:
+    """As in a rebalance that is slow: Faust looks at all partitions every other second."""
+    failures: list[BaseException] = []
+    role = Idle("idle", ("recalls",), Settings(kafka=kafka_settings), metrics.Health(), failures.append)
+    await role.start()
+    try:
+        await until("partitions", lambda: bool(role.partitions))
+        subscription = role.app.consumer._thread._ensure_consumer()._fetcher._subscriptions.subscription
+        for tp in subscription.assignment.tps:
+            state = subscription.assignment.state_value(tp)
+            state.timestamp, state._position = time.monotonic() * 1000, None  # fetched a moment ago, and put out since
+            role.app.consumer.verify_event_path(time.monotonic(), TP(tp.topic, tp.partition))
+    finally:
+        await role.stop()
+    assert failures == [] and not role.app.crashed
 
 
 @pytest.mark.kafka
