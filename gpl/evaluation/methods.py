@@ -78,10 +78,11 @@ _LABELS = {
     "negatives": (1.0, 3.0, 10.0),
     "form": ("softmax", "pointwise"),
 }
-_RECALLED = {"source": "recalled", "weight": 1.0}
-"""Pseudo-labels are of what requests recalled, as in the stream; negatives alone may be of all items."""
-_STARTS: tuple[Settings, ...] = ({}, {"weight": 3.0, "negatives": 1.0, "form": "softmax"})
-"""The negatives chosen without pseudo-labels; the form of the stream and its lambda."""
+_LABELLED = {"weight": 1.0}
+_STREAM = {"source": "recalled", "weight": 3.0, "negatives": 1.0, "form": "softmax"}
+_STARTS: tuple[Settings, ...] = ({}, _STREAM)
+"""What was chosen without pseudo-labels, and of which items; the form of the stream and its lambda, of what requests
+recalled, which is all that the stream labels."""
 
 METHODS: tuple[Method, ...] = (
     Method("popularity", "Popularity", "untrained", untrained.popularity),
@@ -146,7 +147,7 @@ METHODS: tuple[Method, ...] = (
         _TAUGHT,
         settings={"generator": "history"},
     ),
-    Method("gpl", "GPL", "gpl", gpl_of, {**_MATCHING, **_LABELS}, like="no-labels", settings=_RECALLED, starts=_STARTS),
+    Method("gpl", "GPL", "gpl", gpl_of, {**_MATCHING, **_LABELS}, like="no-labels", settings=_LABELLED, starts=_STARTS),
     Method(
         "mean-labels",
         "Mean-history labels instead of a generator's",
@@ -154,7 +155,7 @@ METHODS: tuple[Method, ...] = (
         gpl_of,
         _LABELS,
         like="no-labels",
-        settings={"generator": "mean", **_RECALLED},
+        settings={"generator": "mean", **_LABELLED},
         starts=_STARTS,
     ),
     _like("gpl-lm", "GPL, small LM", "gpl", generator="small-lm"),
