@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+import msgspec
 from kafka import TopicPartition
 
+from streams.contracts import Feedback, Recall, decode, under_its_user
 from streams.frame import Frame
 from streams.kafka import consumer
 from streams.log_view import TopicMissingError
@@ -42,6 +44,20 @@ class Entry:
     headers: tuple[tuple[str, bytes | None], ...] = ()
     missing: int = 0
     event_ms: int | None = None
+
+
+E = TypeVar("E", bound=Recall | Feedback)
+
+
+def taken(entry: Entry, kind: type[E], max_ahead_seconds: float) -> E | None:
+    """The event of a record; None for one that the roles refuse: no such event, from the future, under another key."""
+    try:
+        event = decode(kind, entry.value or b"")
+    except msgspec.DecodeError:
+        return None
+    if event.ts - entry.kafka_ms > max_ahead_seconds * 1000 or not under_its_user(entry.key, event):
+        return None
+    return event
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from streams.contracts import AnchorRequest, Feedback, decode, under_its_user
+from streams.contracts import AnchorRequest, Feedback, decode
 from streams.profiles.state import AnchorsInForce, Positive, Profile, VectorOf, advance, answered, apply_positive
-from streams.replay.log import Log
+from streams.replay.log import Log, taken
 from streams.replay.select import Selection, time_text
 from streams.replay.state import AnchorHistory, Refresh
 from streams.settings import ProfileSettings, Settings
@@ -111,12 +111,10 @@ def _clicks(log: Log, partition: int, selection: Selection, max_ahead: float) ->
     for entry in log.read("feedback", partition):
         if entry.event_ms is not None:
             continue
-        try:
-            event = decode(Feedback, entry.value or b"")
-        except msgspec.DecodeError:
+        event = taken(entry, Feedback, max_ahead)
+        if event is None or event.kind != "click":
             continue
-        mine = event.kind == "click" and selection.user in (None, event.user_id) and event.ts < selection.to_ms
-        if mine and event.ts - entry.kafka_ms <= max_ahead * 1000 and under_its_user(entry.key, event):
+        if selection.user in (None, event.user_id) and event.ts < selection.to_ms:
             click = Positive(event.ts, event.event_id, event.item_id)
             found.setdefault(event.user_id, {})[event.ts, event.event_id] = click
     return {user: [clicks[at] for at in sorted(clicks)] for user, clicks in sorted(found.items())}

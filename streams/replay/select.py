@@ -10,8 +10,8 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from streams.contracts import Feedback, Label, Recall, decode, under_its_user
-from streams.replay.log import Entry, Log, LogError
+from streams.contracts import Feedback, Label, Recall, decode
+from streams.replay.log import Entry, Log, LogError, taken
 from streams.settings import LabelSettings
 
 FAR = 253_402_300_800_000
@@ -250,10 +250,6 @@ def newest_recall(log: Log, labels: LabelSettings, held: Selection = Selection(0
 def _taken(log: Log, partition: int, start: int | None, labels: LabelSettings, held: Selection) -> Iterator[int]:
     """Event times of the recalls of ``held`` that the labels role takes."""
     for entry in log.read("recalls", partition, start):
-        try:
-            recall = decode(Recall, entry.value or b"")
-        except msgspec.DecodeError:
-            continue
-        taken = recall.ts - entry.kafka_ms <= labels.max_ahead_seconds * 1000 and under_its_user(entry.key, recall)
-        if taken and held.recall(partition, entry.offset, recall):
+        recall = taken(entry, Recall, labels.max_ahead_seconds)
+        if recall is not None and held.recall(partition, entry.offset, recall):
             yield recall.ts

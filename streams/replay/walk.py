@@ -11,10 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
-import msgspec
-
-from streams.contracts import Feedback, Recall, decode, under_its_user
-from streams.replay.log import Entry, Log
+from streams.contracts import Feedback, Recall
+from streams.replay.log import Entry, Log, taken
 from streams.settings import LabelSettings
 from streams.watermark import END, Watermark
 
@@ -48,7 +46,7 @@ class Walk:
         self._partition = partition
         self._starts = starts
         self._watermark = Watermark(SOURCES, int(labels.allowed_lateness_seconds * 1000))
-        self._max_ahead_ms = labels.max_ahead_seconds * 1000
+        self._max_ahead = labels.max_ahead_seconds
         self._until = until_ms
         self.refused: Counter[str] = Counter()
         self.read: Counter[str] = Counter()
@@ -64,7 +62,7 @@ class Walk:
             if entry.event_ms is not None:
                 self._watermark.observe(topic, entry.event_ms)
             else:
-                record = self._decode(entry)
+                record = taken(entry, _KINDS[entry.topic], self._max_ahead)
                 if record is None:
                     self.refused[topic] += 1
                 else:
@@ -89,15 +87,6 @@ class Walk:
         finally:
             for reader in readers:
                 reader.close()  # type: ignore[attr-defined]
-
-    def _decode(self, entry: Entry) -> Recall | Feedback | None:
-        """The record, None for one that the labels role refuses."""
-        try:
-            record = decode(_KINDS[entry.topic], entry.value or b"")
-        except msgspec.DecodeError:
-            return None
-        taken = record.ts - entry.kafka_ms <= self._max_ahead_ms and under_its_user(entry.key, record)
-        return record if taken else None
 
 
 def horizon(labels: LabelSettings, to_ms: int) -> int:
