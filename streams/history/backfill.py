@@ -18,6 +18,7 @@ from gpl.artefacts import Artefacts
 from gpl.catalogue import Catalogue
 from streams.contracts import Item, Label, decode
 from streams.data.reader import records
+from streams.durable import sha256_hex
 from streams.fitting import catalogue_of, usable
 from streams.frame import Frame
 from streams.history.partition import ANCHORS, LABELS, PROFILES, Done, Task, file_of, label_partition, save_catalogue
@@ -30,13 +31,22 @@ from streams.trainer.trainer import Trainer
 
 Say = Callable[[str], None]
 
-_COMPLETE = "complete.json"
+_BEGUN, _COMPLETE = "begun.json", "complete.json"
 _CHUNK = 500  # records that are sent before their answers are waited for
 _SEND_SECONDS = 60.0
 
 
 class _Keyed(msgspec.Struct):
     user_id: str
+
+
+class _Begun(msgspec.Struct):
+    """Of which data directory, on how many partitions. ``checkpoint``: checksum of the state of the one that is about
+    to be saved."""
+
+    data: str
+    partitions: int
+    checkpoint: str | None = None
 
 
 class BackfillError(ValueError):
@@ -57,25 +67,33 @@ class Outcome:
 def backfill(data: Path, out: Path, settings: Settings, processes: int, ray: bool, say: Say) -> Outcome:
     """Label all of a data directory, then train the first checkpoint on its labels, in the order of their closing.
 
-    ``out``: a new directory for labels, anchors and profiles, a file a partition. Nothing of the outcome depends on
-    ``processes``. Raises BackfillError where there is already a checkpoint or ``out`` exists, FileNotFoundError for
-    missing files, ImportError without ray where it is asked for, ValueError for items that cannot be encoded.
+    ``out``: a new directory for labels, anchors and profiles, a file a partition; or that of a backfill of the same
+    data that was killed or failed, which begins anew. Nothing of the outcome depends on ``processes``. Raises
+    BackfillError where there is already a checkpoint or ``out`` is another's, FileNotFoundError for missing files,
+    ImportError without ray where it is asked for, ValueError for items that cannot be encoded.
     """
     for name in ("items.jsonl", "recalls.jsonl", "feedback.jsonl"):
         if not (data / name).is_file():
             raise FileNotFoundError(f"{data / name} does not exist")
     own = settings.trainer
     store = CheckpointStore(own.checkpoints, own.keep_checkpoints, own.keep_hourly_checkpoints)
-    if store.load_newest() is not None:
+    begun, ours = _begun(out), _Begun(str(data.resolve()), settings.kafka.partitions)
+    newest = store.load_newest()
+    if newest is not None and (begun is None or begun.checkpoint != sha256_hex(newest.state)):
         raise BackfillError(f"trainer.checkpoints: {own.checkpoints} has checkpoints; a backfill makes the first one")
-    if out.exists():
+    if out.exists() and (begun is None or (begun.data, begun.partitions) != (ours.data, ours.partitions)):
         raise BackfillError(f"{out} exists; a backfill writes to a new directory")
     artefacts = Artefacts.load(settings.artefacts)
     items = list(usable(records(data / "items.jsonl", Item, settings.kafka.max_record_bytes), say))
     if not items:
         raise BackfillError(f"{data / 'items.jsonl'}: no valid record")
     catalogue = catalogue_of(items, artefacts, settings.space)
-    out.mkdir(parents=True)
+    if begun is not None:
+        say(f"{out} was not finished, it is made anew")
+    if newest is not None:  # of the killed one
+        store.discard_after(newest.step - 1)
+    storage = open_storage(out)
+    storage.put(_BEGUN, msgspec.json.encode(ours))
     path = (out / "catalogue.npz").resolve()
     save_catalogue(catalogue, path)
     tasks = [Task(data.resolve(), path, out.resolve(), p, settings) for p in range(settings.kafka.partitions)]
@@ -84,8 +102,12 @@ def backfill(data: Path, out: Path, settings: Settings, processes: int, ray: boo
     say(f"{sum(d.labels for d in done):,} requests labelled, anchors of {sum(d.users for d in done):,} users")
     trainer = _train(out, settings, artefacts, catalogue)
     checkpoint = trainer.checkpoint(positions={}, journal=0)
+    # Killed from here on, it is known by this whose the checkpoint is.
+    ours.checkpoint = sha256_hex(checkpoint.state)
+    storage.put(_BEGUN, msgspec.json.encode(ours))
     where = store.save(checkpoint)
-    open_storage(out).put(_COMPLETE, _marker(data, settings))  # the last, and there as a whole or not at all
+    storage.put(_COMPLETE, _marker(data, settings))
+    storage.remove(_BEGUN)
     return Outcome(sum(d.labels for d in done), sum(d.users for d in done), refreshes, where, dict(checkpoint.metrics))
 
 
@@ -93,6 +115,14 @@ def is_complete(data: Path, out: Path, settings: Settings) -> bool:
     """Whether ``out`` is what a backfill of this data directory, on as many partitions, has made to its end."""
     marker = out / _COMPLETE
     return marker.is_file() and marker.read_bytes() == _marker(data, settings)
+
+
+def _begun(out: Path) -> _Begun | None:
+    """What a backfill that was not finished has left in ``out``."""
+    path = out / _BEGUN
+    if not path.is_file() or (out / _COMPLETE).is_file():
+        return None
+    return msgspec.json.decode(path.read_bytes(), type=_Begun)
 
 
 def _marker(data: Path, settings: Settings) -> bytes:

@@ -61,23 +61,29 @@ CLEAR = (CheckpointError, InUseError, metrics.AddressError, TrainingDivergedErro
 
 
 def serve(settings: Settings, stop: threading.Event, start_from: str, skip_to: str | None, group: Group) -> None:
-    """``run`` as the one trainer of its checkpoints, with metrics and health over HTTP; in a group both are rank 0's.
+    """``run`` as the one trainer of its checkpoints and models, with metrics and health over HTTP; in a group all of
+    that is rank 0's.
 
     Raises InUseError beside another trainer, AddressError, and as ``run``.
     """
     health = health_of(settings.metrics)
     with ExitStack() as opened:
         if group.rank == 0:
-            try:
-                opened.enter_context(open_storage(settings.trainer.checkpoints).held())
-            except InUseError as error:
-                raise InUseError(
-                    f"trainer.checkpoints: {error}; exactly one `gpl train` per trainer.checkpoints (more processes "
-                    "that train as one: --ranks)"
-                ) from error
+            for name in ("checkpoints", "models"):
+                _hold(opened, name, getattr(settings.trainer, name))
             _, close = metrics.serve(settings.metrics.host, settings.metrics.port, health)
             opened.callback(close)
         run(settings, stop, health, settings.trainer.journal, None, start_from, skip_to, group)
+
+
+def _hold(opened: ExitStack, name: str, location: Path | str) -> None:
+    try:
+        opened.enter_context(open_storage(location).held())
+    except InUseError as error:
+        raise InUseError(
+            f"trainer.{name}: {error}; exactly one `gpl train` per trainer.{name} (more processes that train as one: "
+            "--ranks)"
+        ) from error
 
 
 def run(

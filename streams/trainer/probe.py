@@ -5,7 +5,8 @@ Drawn anew at each publication and kept with the model, so the two that are comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,33 @@ _FLOOR = 1e-3  # of a bin's share, so that an empty one does not make the index 
 Score = Callable[[str, Sequence[str], Sequence[str], Floats], tuple[Floats, NDArray[np.bool_]]]
 """Logits (n,) of a user with a history for items with their raw anchor scores (NaN: none), and which items are known
 (n,)."""
+
+
+class Asked(NamedTuple):
+    """A request of a probe to come. ``score`` (n,): of its items, NaN for none."""
+
+    user_id: str
+    history: Sequence[str]
+    items: Sequence[str]
+    score: Floats
+
+
+def of(requests: Iterable[Asked]) -> Probe:
+    """A probe of these, not answered yet."""
+    requests = list(requests)
+    return Probe(
+        users=[r.user_id for r in requests],
+        history=[list(r.history) for r in requests],
+        items=[list(r.items) for r in requests],
+        score=[[None if s != s else s for s in r.score.tolist()] for r in requests],
+        logits=[],
+    )
+
+
+def asked(probe: Probe) -> Iterator[Asked]:
+    """The requests of a probe: the inverse of :func:`of`."""
+    for user, history, items, raw in zip(probe.users, probe.history, probe.items, probe.score, strict=True):
+        yield Asked(user, history, items, np.array([np.nan if s is None else s for s in raw], np.float32))
 
 
 def answered(probe: Probe, score: Score) -> Probe:
@@ -79,8 +107,8 @@ def psi(before: Floats, now: Floats) -> float:
 
 
 def _ask(probe: Probe, score: Score) -> Iterator[tuple[Floats, NDArray[np.bool_]]]:
-    for user, history, names, raw in zip(probe.users, probe.history, probe.items, probe.score, strict=True):
-        yield score(user, history, names, np.array([np.nan if s is None else s for s in raw], np.float32))
+    for request in asked(probe):
+        yield score(*request)
 
 
 def _spearman(a: Floats, b: Floats) -> float:

@@ -64,6 +64,7 @@ class _State(msgspec.Struct):
     newest_at: int | None
     journal: int
     evidence_sources: list[str] | None = None  # of checkpoints that kept one evidence for all
+    asked: models.Probe = models.NO_PROBE  # older checkpoints have none
 
 
 class Trainer:
@@ -100,7 +101,7 @@ class Trainer:
         self._window = ProgressiveWindow(settings.window_records, list(self._learners))
         self._calibration = CalibrationWindow()
         self._evidence = SourcedEvidence()
-        self._recent: deque[Request] = deque(maxlen=probe.REQUESTS)
+        self._recent: deque[probe.Asked] = deque(maxlen=probe.REQUESTS)
         self._newest_at: int | None = None
         self.loss: float | None = None
         self.step_count = 0
@@ -134,7 +135,10 @@ class Trainer:
             np.add.at(self._exposures, exposed_rows, 1)
             self._calibration.add(batch.score[batch.exposed], batch.clicked[batch.exposed])
             self._evidence.observe(batch, sources)
-            self._recent.extend(prepared.requests)
+            self._recent.extend(
+                probe.Asked(r.user_id, r.history, r.items[: probe.ITEMS], r.score[: probe.ITEMS])
+                for r in prepared.requests
+            )
         self._expire()
         self.records += records
         metrics.TRAINER_STEPS.inc()
@@ -194,6 +198,7 @@ class Trainer:
             newest_at=self._newest_at,
             journal=journal,
             evidence_sources=evidence_sources,
+            asked=probe.of(self._recent),
         )
         return Checkpoint(
             step=self.step_count,
@@ -234,6 +239,8 @@ class Trainer:
         self._window.restore(state.window, checkpoint.tensors["window"])
         self._calibration.restore(checkpoint.tensors["calibration"])
         self._evidence.restore(state.evidence_sources, checkpoint.tensors["evidence"])
+        self._recent.clear()
+        self._recent.extend(probe.asked(state.asked))
         self._tail = state.tail
         self._newest_at = state.newest_at
         self.records = state.records
@@ -285,7 +292,7 @@ class Trainer:
             newest_event_ts=self.newest_event_ts,
             newest_at=self._newest_at,
             feed=self._window.feed,
-            asked=self._probe(),
+            asked=probe.of(self._recent),
             score=self._score,
         )
 
@@ -375,15 +382,6 @@ class Trainer:
         if not self._lines:
             return []
         return list(journal_lines([r for r in requests if r.first], evaluated.of(first)))
-
-    def _probe(self) -> models.Probe:
-        return models.Probe(
-            users=[r.user_id for r in self._recent],
-            history=[r.history for r in self._recent],
-            items=[r.items[: probe.ITEMS] for r in self._recent],
-            score=[[None if s != s else s for s in r.score[: probe.ITEMS].tolist()] for r in self._recent],
-            logits=[],
-        )
 
     def _score(self, user: str, history: Sequence[str], items: Sequence[str], score: Floats) -> tuple[Floats, Bools]:
         content_row = self._catalogue.rows(items)

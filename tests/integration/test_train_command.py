@@ -67,7 +67,7 @@ checkpoint_every_wall_seconds = 0.2
 
 
 @pytest.mark.kafka
-def test_one_trainer_a_checkpoints_directory_and_settings_that_fit_it(config: Path, tmp_path: Path) -> None:
+def test_one_trainer_a_directory_and_settings_that_fit_it(config: Path, tmp_path: Path) -> None:
     def start(name: str, *arguments: str, **env: str) -> Process:
         return Process(list(arguments or ["train"]), config, tmp_path / f"{name}.log", **env)
 
@@ -85,15 +85,20 @@ def test_one_trainer_a_checkpoints_directory_and_settings_that_fit_it(config: Pa
     first = start("first")
     try:
         wait_for("a checkpoint", lambda: first.popen.poll() is not None or checkpoints.steps())
-        # The first holds the directory, and its port.
-        port = {"GPL_METRICS__PORT": str(first.metrics_port), "GPL_TRAINER__CHECKPOINTS": str(tmp_path / "other")}
-        beside = [start("second"), start("ranks", "train", "--ranks", "2")]
+        # The first holds both directories, and its port.
+        elsewhere = {"GPL_TRAINER__CHECKPOINTS": str(tmp_path / "other")}
+        port = {
+            **elsewhere,
+            "GPL_METRICS__PORT": str(first.metrics_port),
+            "GPL_TRAINER__MODELS": str(tmp_path / "other models"),
+        }
+        beside = [start("second"), start("ranks", "train", "--ranks", "2"), start("models", **elsewhere)]
         beside += [start("port", **port), start("worker", "worker", "profiles", **port)]
         said = [refused(process) for process in beside]
-        for text in said[:2]:
-            assert text.count(f"error: trainer.checkpoints: {tmp_path}/checkpoints is in use") == 1
-            assert "exactly one `gpl train` per trainer.checkpoints" in text
-        for text in said[2:]:
+        for text, name in zip(said[:3], ("checkpoints", "checkpoints", "models"), strict=True):
+            assert text.count(f"error: trainer.{name}: {tmp_path}/{name} is in use") == 1
+            assert f"exactly one `gpl train` per trainer.{name}" in text
+        for text in said[3:]:
             assert f"error: metrics.host, metrics.port: 127.0.0.1:{first.metrics_port}: Address already in use" in text
         assert first.popen.poll() is None, first.log.read_text()[-4000:]
     finally:

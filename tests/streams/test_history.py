@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from streams.contracts import Feedback, Item, Label, Recall, UserAnchors, decode
 from streams.fitting import catalogue_of, fit_directory
 from streams.frame import Frame
 from streams.history import backfill as work
-from streams.history.backfill import BackfillError, backfill, labels_in_order
+from streams.history.backfill import BackfillError, backfill, is_complete, labels_in_order
 from streams.history.partition import ANCHORS, LABELS, PROFILES, file_of, load_catalogue, partition_of, save_catalogue
 from streams.history.pipeline import Event, Pipeline, in_event_time
 from streams.kafka import RecordTooLargeError
@@ -35,7 +37,7 @@ from streams.settings import (
     Settings,
     TrainerSettings,
 )
-from streams.storage import open_storage
+from streams.storage import LocalStorage, open_storage
 from streams.trainer.checkpoint import CheckpointStore
 from streams.trainer.trainer import Trainer
 
@@ -301,6 +303,69 @@ def test_a_publication_that_failed_is_repeated_alone(
         work.publish(tmp_path / "out", settings.model_copy(update={"kafka": small}))
     (tmp_path / "out" / "complete.json").unlink()
     assert run_command(settings, *arguments).exit_code == 1
+
+
+class Killed(BaseException):
+    """As SIGKILL: nothing is tidied up."""
+
+
+@pytest.mark.parametrize("writes", range(5))
+def test_a_backfill_killed_between_any_two_writes_is_repeated(
+    settings: Settings, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    whole = settings.model_copy(update={"trainer": settings.trainer.model_copy(update={"checkpoints": tmp_path / "c"})})
+    backfill(data, tmp_path / "whole", whole, 1, False, lambda _: None)
+
+    def killed(*_: object, **__: object) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Killed
+
+    left = writes
+    with monkeypatch.context() as patch:
+        for cls, names in ((LocalStorage, ("put", "write", "remove")), (CheckpointStore, ("save",))):
+            for name in names:
+                patch.setattr(cls, name, before(killed, getattr(cls, name)))
+        with pytest.raises(Killed):
+            backfill(data, tmp_path / "out", settings, 1, False, lambda _: None)
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    if (tmp_path / "out").exists():
+        with pytest.raises(BackfillError):  # not of other data
+            backfill(other, tmp_path / "out", settings, 1, False, lambda _: None)
+    backfill(data, tmp_path / "out", settings, 1, False, lambda _: None)
+    assert is_complete(data, tmp_path / "out", settings)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "checkpoints") == contents(tmp_path / "c")
+    with pytest.raises(BackfillError, match="has checkpoints"):
+        backfill(data, tmp_path / "out", settings, 1, False, lambda _: None)
+
+
+def before(first: Callable[..., None], then: Callable[..., object]) -> Callable[..., object]:
+    def both(*args: object, **kwargs: object) -> object:
+        first()
+        return then(*args, **kwargs)
+
+    return both
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Files by name, but for those that say when they were written."""
+    files = (path for path in directory.rglob("*") if path.is_file() and path.suffix != ".npz")
+    return {str(f.relative_to(directory)): f.read_bytes() for f in files if f.name not in ("manifest.json", ".lock")}
+
+
+def test_a_checkpoint_of_another_is_not_taken_for_that_of_a_killed_backfill(
+    settings: Settings, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "_train", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            backfill(data, tmp_path / "out", settings, 1, False, lambda _: None)
+    backfill(data, tmp_path / "another", settings, 1, False, lambda _: None)
+    with pytest.raises(BackfillError, match="has checkpoints"):
+        backfill(data, tmp_path / "out", settings, 1, False, lambda _: None)
 
 
 def test_errors_say_what_to_do(settings: Settings, data: Path, tmp_path: Path) -> None:

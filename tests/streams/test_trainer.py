@@ -21,7 +21,7 @@ from streams.dead_letters import Refused
 from streams.frame import Frame
 from streams.scoring.served import Served
 from streams.settings import TrainerSettings
-from streams.trainer import intake
+from streams.trainer import intake, probe
 from streams.trainer.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from streams.trainer.columns import Columns, columns
 from streams.trainer.dedup import DedupWindow, Fresh
@@ -335,6 +335,8 @@ def test_a_resumed_trainer_ends_with_the_same_bits(catalogue: Catalogue, tmp_pat
     assert (loaded.run, loaded.vectors) == (3, {0: 60})
     second = Trainer(settings, FRAME, catalogue)
     assert second.restore(loaded) == 17
+    asked = second.candidate({}).asked
+    assert asked == first.candidate({}).asked and len(asked.users) == min(8 * stopped_after, probe.REQUESTS)
     lines_after = train(second, labels[8 * stopped_after :])
 
     assert_equal(final(second), final(undisturbed))
