@@ -20,8 +20,11 @@ class Frame:
     @classmethod
     def load(cls, artefacts: Path) -> Frame:
         """The frame of what `gpl fit` wrote. Raises what ``Artefacts.load`` raises."""
-        loaded = Artefacts.load(artefacts, with_generator=False)
-        return cls(loaded.space.dim, loaded.quantiser.levels, loaded.space.version, loaded.quantiser.version)
+        return cls.of(Artefacts.load(artefacts, with_generator=False))
+
+    @classmethod
+    def of(cls, fitted: Artefacts) -> Frame:
+        return cls(fitted.space.dim, fitted.quantiser.levels, fitted.space.version, fitted.quantiser.version)
 
     @property
     def space(self) -> tuple[str, str]:

@@ -88,7 +88,7 @@ def run(
     An interval of None never synchronises after ``judged_from``. ``period_ms``: of anchors on a timetable, None: by
     drift. ``arms``: other trainings on the same labels, by the names of their rankers, synchronised every minute.
     """
-    frame = Frame(artefacts.space.dim, artefacts.quantiser.levels, artefacts.space.version, artefacts.quantiser.version)
+    frame = Frame.of(artefacts)
     pipeline = Pipeline(settings, artefacts, catalogue, period_ms=period_ms)
     feedback_of = {recall.request_id: (recall, feedback) for recall, feedback in requests}
     events: list[tuple[int, Event]] = []

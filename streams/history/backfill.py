@@ -169,9 +169,7 @@ def _labels(path: Path) -> Iterator[Label]:
 
 
 def _train(out: Path, settings: Settings, artefacts: Artefacts, catalogue: Catalogue) -> Trainer:
-    space, quantiser = artefacts.space, artefacts.quantiser
-    frame = Frame(space.dim, quantiser.levels, space.version, quantiser.version)
-    trainer = Trainer(settings.trainer, frame, catalogue, evaluations=False)
+    trainer = Trainer(settings.trainer, Frame.of(artefacts), catalogue, evaluations=False)
     batch: list[Label] = []
     for label in labels_in_order(out, settings.kafka.partitions):
         batch.append(label)

@@ -32,6 +32,15 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
+def kafka_section(kafka: KafkaSettings) -> str:
+    """What a configuration file says of the broker that a test was given."""
+    return f"""[kafka]
+bootstrap_servers = "{kafka.bootstrap_servers}"
+prefix = "{kafka.prefix}"
+group_prefix = "{kafka.group_prefix}"
+partitions = {kafka.partitions}"""
+
+
 def wait_for(what: str, condition: Callable[[], T | None], timeout: float = 240.0) -> T:
     """The first true value of ``condition``; fails naming ``what`` when it stays false."""
     deadline = time.monotonic() + timeout

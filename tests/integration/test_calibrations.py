@@ -16,6 +16,7 @@ from streams.settings import KafkaSettings, load
 from streams.topics import full_name
 from streams.views import CalibrationView
 from tests.crash.site import make_artefacts
+from tests.integration.pipeline import kafka_section
 
 FITTED = Platt(2.5, -1.0, 100)
 
@@ -91,10 +92,7 @@ def test_a_running_system_is_calibrated_anew_from_its_labels(kafka_settings: Kaf
     config = tmp_path / "gpl.toml"
     config.write_text(f"""\
 artefacts = "{tmp_path}/artefacts"
-[kafka]
-bootstrap_servers = "{kafka_settings.bootstrap_servers}"
-prefix = "{kafka_settings.prefix}"
-""")
+{kafka_section(kafka_settings)}""")
 
     def gpl(*arguments: str) -> Result:
         return CliRunner().invoke(cli.app, ["calibrate", *arguments, "--config", str(config)])

@@ -23,7 +23,7 @@ from streams.labels.agent import LabelsRole
 from streams.labels.record import Versions
 from streams.settings import DeadLetterSettings, KafkaSettings, Settings
 from streams.topics import full_name
-from tests.integration.pipeline import read_all
+from tests.integration.pipeline import kafka_section, read_all
 
 TS = 1_700_000_000_000
 KEY = b"one-partition"
@@ -63,10 +63,7 @@ async def until(what: str, condition, timeout: float = 60.0) -> None:
 @pytest.fixture
 def config(tmp_path: Path, kafka_settings: KafkaSettings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     path = tmp_path / "gpl.toml"
-    path.write_text(
-        f'[kafka]\nbootstrap_servers = "{kafka_settings.bootstrap_servers}"\nprefix = "{kafka_settings.prefix}"\n'
-        f'group_prefix = "{kafka_settings.group_prefix}"\npartitions = {kafka_settings.partitions}\n'
-    )
+    path.write_text(kafka_section(kafka_settings))
     monkeypatch.setenv("GPL_CONFIG", str(path))
     return path
 

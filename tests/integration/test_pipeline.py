@@ -18,7 +18,7 @@ from streams.contracts import Calibration, Feedback, Item, Recall, UserAnchors, 
 from streams.kafka import producer
 from streams.settings import KafkaSettings
 from streams.topics import full_name
-from tests.integration.pipeline import Process, final_labels, read_all, running, wait_for
+from tests.integration.pipeline import Process, final_labels, kafka_section, read_all, running, wait_for
 
 DIM, ITEMS, USERS, REQUESTS, CANDIDATES = 24, 240, 60, 2000, 40
 START = 1_700_000_000_000
@@ -58,11 +58,7 @@ def config(tmp_path: Path, kafka_settings: KafkaSettings, artefacts: Path) -> Pa
     path.write_text(
         f"""
 artefacts = "{artefacts}"
-[kafka]
-bootstrap_servers = "{kafka_settings.bootstrap_servers}"
-prefix = "{kafka_settings.prefix}"
-group_prefix = "{kafka_settings.group_prefix}"
-partitions = {kafka_settings.partitions}
+{kafka_section(kafka_settings)}
 max_record_bytes = {CAP}
 [index]
 path = "{tmp_path / "index"}"

@@ -19,7 +19,7 @@ from streams.settings import KafkaSettings
 from streams.topics import full_name
 from streams.views import vector_bytes
 from tests.crash.site import ITEMS, REQUESTS, START, STEP, event_log, make_artefacts, send_items
-from tests.integration.pipeline import Process, final_labels, read_all, running, wait_for
+from tests.integration.pipeline import Process, final_labels, kafka_section, read_all, running, wait_for
 
 MIDDLE = START + REQUESTS // 2 * STEP
 
@@ -31,11 +31,7 @@ def config(tmp_path: Path, kafka_settings: KafkaSettings) -> Path:
     path.write_text(
         f"""
 artefacts = "{tmp_path / "artefacts"}"
-[kafka]
-bootstrap_servers = "{kafka_settings.bootstrap_servers}"
-prefix = "{kafka_settings.prefix}"
-group_prefix = "{kafka_settings.group_prefix}"
-partitions = {kafka_settings.partitions}
+{kafka_section(kafka_settings)}
 [index]
 path = "{tmp_path / "index"}"
 [generator]

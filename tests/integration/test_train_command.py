@@ -16,7 +16,7 @@ from streams.settings import KafkaSettings
 from streams.topics import full_name
 from streams.trainer.checkpoint import CheckpointStore
 from streams.views import vector_bytes
-from tests.integration.pipeline import Process, wait_for
+from tests.integration.pipeline import Process, kafka_section, wait_for
 
 DIM, ITEMS = 4, 12
 
@@ -52,11 +52,7 @@ def config(kafka_settings: KafkaSettings, tmp_path: Path) -> Path:
     path = tmp_path / "gpl.toml"
     path.write_text(f"""\
 artefacts = "{artefacts}"
-[kafka]
-bootstrap_servers = "{kafka_settings.bootstrap_servers}"
-prefix = "{kafka_settings.prefix}"
-group_prefix = "{kafka_settings.group_prefix}"
-partitions = {kafka_settings.partitions}
+{kafka_section(kafka_settings)}
 [trainer]
 checkpoints = "{tmp_path}/checkpoints"
 models = "{tmp_path}/models"

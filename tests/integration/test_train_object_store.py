@@ -20,7 +20,7 @@ from streams.topics import full_name
 from streams.trainer.checkpoint import CheckpointError, CheckpointStore
 from streams.trainer.rebuild import rebuild
 from streams.views import vector_bytes
-from tests.integration.pipeline import Process, read_all, wait_for
+from tests.integration.pipeline import Process, kafka_section, read_all, wait_for
 
 DIM, ITEMS, USERS = 16, 60, 30
 
@@ -65,11 +65,7 @@ def test_a_killed_gpl_train_goes_on_and_its_model_is_served_and_made_again(
     config = tmp_path / "gpl.toml"
     config.write_text(f"""\
 artefacts = "{artefacts}"
-[kafka]
-bootstrap_servers = "{kafka_settings.bootstrap_servers}"
-prefix = "{kafka_settings.prefix}"
-group_prefix = "{kafka_settings.group_prefix}"
-partitions = {kafka_settings.partitions}
+{kafka_section(kafka_settings)}
 [trainer]
 checkpoints = "{bucket}/checkpoints"
 models = "{bucket}/models"

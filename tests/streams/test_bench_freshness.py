@@ -78,7 +78,7 @@ def test_the_model_in_service_is_the_one_of_the_last_synchronisation(artefacts: 
     found = outcomes(artefacts, settings)
     assert found.requests == 80
     catalogue = catalogue_of(items(), artefacts, settings.space)
-    frame = Frame(DIM, artefacts.quantiser.levels, artefacts.space.version, artefacts.quantiser.version)
+    frame = Frame.of(artefacts)
 
     def logits_of(n: int, until: int) -> list[float]:
         """Request ``n`` scored by a trainer of its own that saw the labels that closed before ``until``."""

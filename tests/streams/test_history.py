@@ -192,7 +192,7 @@ def test_a_trainer_and_a_profile_go_on_from_it(settings: Settings, data: Path, t
     done = run_command(settings, str(data), "--out", str(tmp_path / "out"))
     assert done.exit_code == 0, done.output
     artefacts = Artefacts.load(settings.artefacts)
-    frame = Frame(DIM, artefacts.quantiser.levels, artefacts.space.version, artefacts.quantiser.version)
+    frame = Frame.of(artefacts)
     catalogue = load_catalogue(tmp_path / "out" / "catalogue.npz")
     checkpoint = CheckpointStore(settings.trainer.checkpoints, 3).load_newest()
     assert checkpoint is not None
