@@ -21,7 +21,7 @@ from gpl.codes.quantiser import Quantiser
 from gpl.codes.trie import SidTrie
 from gpl.evaluation.dataset import Floats, Ints
 from gpl.evaluation.world import World
-from gpl.fit import FitOptions, fit_quantiser
+from gpl.fit import MIN_SEQUENCES, FitOptions, fit_quantiser
 
 FOLDS = 2
 HISTORY = 50
@@ -35,8 +35,9 @@ Generator = Literal["small-lm", "history", "mean", "random"]
 class AnchorSpec:
     """Where anchors come from.
 
-    ``mean``: one anchor, the mean of the centred history. ``random``: SIDs drawn from the catalogue. ``shuffled``:
-    every user has the anchors of another. ``centred`` False: the space is left as the encoder made it. ``downsample``
+    ``small-lm``: where fewer than ``MIN_SEQUENCES`` users have two positives, ``history`` instead. ``mean``: one
+    anchor, the mean of the centred history. ``random``: SIDs drawn from the catalogue. ``shuffled``: every user has the
+    anchors of another. ``centred`` False: the space is left as the encoder made it. ``downsample``
     False: popular items are not thinned when the language model is trained.
     """
 
@@ -111,7 +112,7 @@ def make_anchors(world: World, cases: Cases, spec: AnchorSpec, seed: int) -> Anc
     vectors = world.vectors if spec.centred else world.raw
     if spec.shuffled:
         return _shuffled(make_anchors(world, cases, replace(spec, shuffled=False), seed), cases, world.n_users, rng)
-    content = np.flatnonzero(np.abs(vectors).sum(axis=1) > 0)
+    content = np.flatnonzero(world.has_content)
     quantiser = fit_quantiser(vectors[content], FitOptions(), seed)
     sids = np.full((world.n_items, quantiser.levels), -1, dtype=np.int32)
     sids[content] = quantiser.encode(vectors[content])
@@ -148,7 +149,8 @@ def _beams(
             drawn = distinct[np.sort(rng.choice(len(distinct), count, replace=False))]
             beams[case] = Beams(drawn, np.full(count, -np.log(len(distinct)), dtype=np.float32))
         return beams
-    if spec.generator == "history":
+    # Too few to train a language model on: history clusters, as `fit` has it.
+    if spec.generator == "history" or (world.positives.sizes >= 2).sum() < MIN_SEQUENCES:
         made = HistoryClusters(HISTORY).generate([histories[case] for case in asked], trie, spec.beams)
         for case, found in zip(asked, made, strict=True):
             beams[case] = found

@@ -130,8 +130,12 @@ class Bench:
         return sets
 
 
+@cache
 def code_digest(*parts: str) -> str:
-    """Hash of the sources under ``gpl/`` that are named: what is kept on disk is not used after they changed."""
+    """Hash of the sources under ``gpl/`` that are named: what is kept on disk is not used after they changed.
+
+    As they were when it was first asked, not as they are edited while a study runs on what it has imported.
+    """
     root = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
     for part in sorted(parts):

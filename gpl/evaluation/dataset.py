@@ -136,6 +136,11 @@ class Dataset:
             raise DataError(f"{self.name}: {len(self.items)} items and {len(self.users)} users, expected some of both")
         if self.truth is None and self.events is None:
             raise DataError(f"{self.name}: neither truth nor events, nothing could be judged")
+        if self.log is None and self.truth is not None and self.events is not None:
+            raise DataError(
+                f"{self.name}: events and a truth, but no log; of events alone the last session is the truth, and a "
+                "truth beside them is of what a log (recalls.jsonl, feedback.jsonl) did not expose"
+            )
         if self.log is not None and self.truth is None:
             raise DataError(f"{self.name}: a log without truth on what was not exposed cannot be judged (--truth FILE)")
 

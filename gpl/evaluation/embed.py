@@ -26,11 +26,10 @@ def embed(dataset: Dataset, encoder: Encoder) -> tuple[Floats, Floats]:
     if len(having) < 2:
         raise DataError(f"{dataset.name}: {len(having)} items have a text, at least 2 are needed")
     found = raw_vectors([dataset.items[at] for at in having], used)
-    lengths = np.linalg.norm(found, axis=1, keepdims=True)
-    unit = (found / np.maximum(lengths, 1e-12)).astype(np.float32)
-    space = Space.fit(PRECOMPUTED if used is None else used.name, unit)
-    raw, vectors = np.zeros((2, len(dataset.items), unit.shape[1]), dtype=np.float32)
-    raw[having], vectors[having] = unit, space.project(unit)
+    space = Space.fit(PRECOMPUTED if used is None else used.name, found)
+    raw, vectors = np.zeros((2, len(dataset.items), found.shape[1]), dtype=np.float32)
+    raw[having] = found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
+    vectors[having] = space.project(found)
     return raw, vectors
 
 

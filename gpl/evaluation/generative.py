@@ -66,7 +66,7 @@ def gpl(bench: Bench, parts: Parts) -> Scores:
     """Train on the log's actual labels and on pseudo-labels of its unexposed candidates."""
     labels, scores_of = bench.labels(parts.spec, parts.labelling, parts.source)
     pairs = bench.pairs(parts.source)
-    # A user without anchors has no pseudo-labels: the product's records name no unexposed candidates then.
+    # No anchors or no content, no pseudo-labels: the product's records name no such unexposed candidates.
     kept = pairs.exposed | ~np.isnan(labels.score)
     pairs = pairs.keep(kept)
     columns = Columns(labels.score[kept], labels.label[kept], labels.confidence[kept])

@@ -18,8 +18,8 @@ _MIN_CALIBRATION = 50
 
 @dataclass(frozen=True)
 class PairLabels:
-    """Parallel to a log's `Pairs`: raw ``score`` (NaN where there are no anchors), calibrated ``label``, ``confidence``
-    (both 0 there)."""
+    """Parallel to a log's `Pairs`: raw ``score`` (NaN where there are no anchors or no content), calibrated ``label``,
+    ``confidence`` (both 0 there)."""
 
     score: Floats
     label: Floats
@@ -31,13 +31,14 @@ class Scorer:
 
     def __init__(self, vectors: Floats, sets: AnchorSets, config: Config) -> None:
         self._vectors, self._sets, self._config = vectors, sets, config
+        self._has_content = np.abs(vectors).sum(axis=1) > 0
 
     def matrix(self, cases: Ints) -> Floats:
-        """(len(cases), n) scores of all items; NaN where a case has no anchors."""
+        """(len(cases), n) scores of all items; NaN where a case has no anchors, or an item no content."""
         found = np.full((len(cases), len(self._vectors)), np.nan, dtype=np.float32)
         for row, case in zip(found, cases.tolist(), strict=True):
             if (prepared := self._prepared(case)) is not None:
-                row[:] = labeller.score(prepared, self._vectors)[0]
+                row[:] = np.where(self._has_content, labeller.score(prepared, self._vectors)[0], np.nan)
         return found
 
     def label(self, pairs: Pairs, cases: Ints) -> PairLabels:
@@ -49,7 +50,7 @@ class Scorer:
         return PairLabels(score, label, confidence)
 
     def calibration(self, pairs: Pairs, cases: Ints) -> Platt | NoCalibration:
-        """Platt's, on the log's exposed feedback, as the product fits it."""
+        """Platt's, on all of the log's exposed feedback."""
         return _fitted(pairs, self._raw(pairs, cases)[0])
 
     def label_all(self, case: int, calibration: Platt | NoCalibration) -> labeller.Labelled | None:
@@ -64,7 +65,8 @@ class Scorer:
             if (prepared := self._prepared(case)) is not None:
                 at = slice(int(pairs.offsets[request]), int(pairs.offsets[request + 1]))
                 raw = labeller.label(prepared, NoCalibration(), self._vectors[pairs.item[at]])
-                score[at], confidence[at] = raw.score, raw.confidence
+                has = self._has_content[pairs.item[at]]
+                score[at], confidence[at] = np.where(has, raw.score, np.nan), np.where(has, raw.confidence, 0.0)
         return score, confidence
 
     def _prepared(self, case: int) -> PreparedAnchors | None:

@@ -68,21 +68,30 @@ _TAUGHT = {"weight": (1.0, 0.3), **_MATCHING}
 _FORM = {
     "source": ("recalled", "uniform"),
     "form": ("softmax", "pointwise"),
-    "negatives": (1.0, 3.0, 10.0),
+    "negatives": (1.0, 0.2, 3.0, 10.0),
     **_MATCHING,
 }
 _LABELS = {
     "personal": (False, True),
     "sharpness": ("full", "effect"),
     "weight": (0.0, 0.1, 0.3, 1.0, 3.0, 10.0),
-    "negatives": (1.0, 3.0, 10.0),
+    "negatives": (1.0, 0.2, 3.0, 10.0),
     "form": ("softmax", "pointwise"),
 }
 _LABELLED = {"weight": 1.0}
-_STREAM = {"source": "recalled", "weight": 3.0, "negatives": 1.0, "form": "softmax"}
+_STREAM = {
+    "source": "recalled",
+    "form": "softmax",
+    "negatives": 0.2,
+    "matching": "max",
+    "personal": False,
+    "sharpness": "effect",
+    "weight": 3.0,
+}
+"""As `streams.settings` has it by default; the width and the steps of the model are the study's."""
 _STARTS: tuple[Settings, ...] = ({}, _STREAM)
-"""What was chosen without pseudo-labels, and of which items; the form of the stream and its lambda, of what requests
-recalled, which is all that the stream labels."""
+"""What was chosen without pseudo-labels, and of which items; what the stream does by default, which labels what
+requests recalled and nothing else."""
 
 METHODS: tuple[Method, ...] = (
     Method("popularity", "Popularity", "untrained", untrained.popularity),
@@ -158,6 +167,13 @@ METHODS: tuple[Method, ...] = (
         settings={"generator": "mean", **_LABELLED},
         starts=_STARTS,
     ),
+    Method(
+        "gpl-stream",
+        "GPL as the stream trains by default",
+        "gpl",
+        gpl_of,
+        settings={"generator": "history", **_STREAM},
+    ),
     _like("gpl-lm", "GPL, small LM", "gpl", generator="small-lm"),
     _like("no-dispersion", "GPL without the dispersion factor", "ablation", dispersion=False),
     _like("no-history", "GPL without the history factor", "ablation", history=False),
@@ -168,7 +184,7 @@ METHODS: tuple[Method, ...] = (
     _like("full-sharp", "GPL, labels as sharp as their anchors' scores", "ablation", sharpness="full"),
     _like("effect-sharp", "GPL, labels as sharp as evidence bears out", "ablation", sharpness="effect"),
     _like("flat-labels", "GPL, labels blind to anchors", "ablation", sharpness="flat"),
-    *(_like(f"lambda-{w:g}", f"GPL, lambda {w:g}", "ablation", weight=w) for w in (0.1, 0.3, 1.0, 3.0, 10.0)),
+    *(_like(f"lambda-{w:g}", f"GPL, lambda {w:g}", "ablation", weight=w) for w in (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)),
     _like("shuffled", "GPL with anchors of other users", "control", shuffled=True),
     _like("shuffled-0", "the same without pseudo-labels", "control", shuffled=True, weight=0.0),
     _like("random", "GPL with random anchors", "control", generator="random"),

@@ -11,6 +11,7 @@ import csv
 import gzip
 import io
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -143,7 +144,8 @@ def read_truth(path: Path, items: Ids, users: Ids, every_cell: bool) -> Truth:
 
 
 def save(dataset: Dataset, directory: Path, source: str) -> None:
-    """Write ``dataset`` so that :func:`load` gives it back. Raises FileExistsError for a directory with files in it."""
+    """Write ``dataset`` so that :func:`load` gives it back, less users to whom nothing is relevant where every pair is
+    known. Raises FileExistsError for a directory with files in it."""
     directory.mkdir(parents=True, exist_ok=True)
     if any(directory.iterdir()):
         raise FileExistsError(f"{directory}: not empty")
@@ -193,7 +195,10 @@ def _log(directory: Path, items: Ids, users: Ids) -> Requests:
         for candidate in recall.candidates:
             holding[recall.user_id, candidate].append(row)
     shown: list[dict[int, bool]] = [{} for _ in recalls]
-    for number, event in _records(directory / "feedback.jsonl", _Feedback):
+    feedback = sorted(
+        _records(directory / "feedback.jsonl", _Feedback), key=lambda line: (line[1].ts, line[1].event_id)
+    )
+    for number, event in feedback:
         if event.kind not in ("impression", "click"):
             raise DataError(f"feedback.jsonl:{number}: kind {event.kind!r}, expected 'impression' or 'click'")
         item = items.get(event.item_id)
@@ -227,7 +232,9 @@ def _events(path: Path, items: Ids, users: Ids) -> Events:
         try:
             order = float(row["order"])
         except ValueError:
-            raise DataError(f"{path.name}:{number}: order {row['order']!r}, expected a number") from None
+            order = math.nan
+        if not math.isfinite(order):
+            raise DataError(f"{path.name}:{number}: order {row['order']!r}, expected a number")
         if item is not None:
             rows.append((users.add(row["user_id"]), order, item, row.get("session") or f"{order:.17g}"))
     if not rows:

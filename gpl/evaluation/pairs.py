@@ -62,12 +62,14 @@ class Pairs:
         position = self.offsets[requests][owner] + place
         if hidden is None:
             return position, owner
-        unexposed = sizes - self.shown[requests]
-        # Each request's unexposed pairs are a run: keep a random stretch of it, round the end; recall's order is
-        # random within its sources, and the stretch moves from epoch to epoch.
-        step = rng.integers(0, np.maximum(unexposed, 1))
-        turned = (place - self.shown[requests][owner] - step[owner]) % np.maximum(unexposed, 1)[owner]
-        keep = self.exposed[position] | (turned < hidden)
+        most = self.shown[requests] + hidden
+        if (sizes <= most).all():
+            return position, owner
+        # A request's pairs in random order, exposed ones first: those up to its most are kept.
+        lot = np.where(self.exposed[position], -1.0, rng.random(len(position)))
+        rank = np.empty_like(place)
+        rank[np.lexsort((lot, owner))] = place
+        keep = rank < most[owner]
         return position[keep], owner[keep]
 
 

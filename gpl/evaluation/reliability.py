@@ -25,7 +25,7 @@ def reliability(bench: Bench, settings: Mapping[str, Any]) -> list[dict[str, flo
     for user in bench.test.users.tolist():
         labelled = scorer.label_all(int(bench.cases.final[user]), calibration)
         if labelled is not None:
-            items = np.flatnonzero(world.candidates(user))
+            items = np.flatnonzero(world.candidates(user) & world.has_content)
             best = items[np.argsort(-labelled.score[items], kind="stable")[:TOP]]
             good = np.isin(best, world.relevant[user])
             rows.append(np.stack([labelled.confidence[best], labelled.label[best], good]))

@@ -125,6 +125,7 @@ class _Work:
         self.config, self.name, self.seed = config, name, seed
         self.dataset = open_dataset(name, config.truth)
         self._fingerprint = dataset_digest(self.dataset)
+        self._encoder_identity = _encoder(config, lambda _: None).identity
         self._bench: Bench | None = None
 
     @property
@@ -188,7 +189,7 @@ class _Work:
         if method.name == "gpl":
             modules.append("gpl.evaluation.reliability")
         config = self.config
-        parts = (self._fingerprint, config.encoder, repr(config.train), repr(config.upstream))
+        parts = (self._fingerprint, self._encoder_identity, repr(config.train), repr(config.upstream))
         return _digest(*parts, code_digest(*sources(*modules)))
 
 
@@ -231,7 +232,8 @@ def _gathered(config: StudyConfig, name: str) -> SetResult:
 
 
 def _facts(work: _Work) -> dict[str, Any]:
-    world = work.bench.world
+    world, judged = work.bench.world, work.bench.test.users
+    relevant = np.concatenate([world.relevant[user] for user in judged.tolist()])
     return {
         "kind": world.kind,
         "requests": len(world.log),
@@ -239,9 +241,9 @@ def _facts(work: _Work) -> dict[str, Any]:
         "click_rate": float(world.log.clicked.mean()),
         "recalled_unexposed": len(world.log.recalled.values),
         "validation_users": len(work.bench.validation.users),
-        "test_users": len(work.bench.test.users),
-        "relevant_per_user": float(world.relevant.sizes[work.bench.test.users].mean()),
-        "relevant_in_tail": float(world.tail[world.relevant.values].mean()),
+        "test_users": len(judged),
+        "relevant_per_user": len(relevant) / len(judged),
+        "relevant_in_tail": float(world.tail[relevant].mean()),
     }
 
 

@@ -55,20 +55,25 @@ class Trained:
 
 def content_rows(world: World) -> Ints:
     """(n,) row of each item's content, -1 where it has none."""
-    has = np.abs(world.vectors).sum(axis=1) > 0
-    return np.where(has, np.arange(world.n_items), -1)
+    return np.where(world.has_content, np.arange(world.n_items), -1)
 
 
 def histories(world: World) -> list[Ints]:
     """Of each request of the log, what anchors in force at it were made of: so it is in the stream."""
     known = refreshed(world.known).tolist()
-    return [world.positives[user][:k][-HISTORY:] for user, k in zip(world.log.user.tolist(), known, strict=True)]
+    return [_liked(world, user, k) for user, k in zip(world.log.user.tolist(), known, strict=True)]
+
+
+def _liked(world: World, user: int, known: int | None = None) -> Ints:
+    """The newest of the user's first ``known`` positives that anchors can be made of."""
+    items = world.positives[user][:known]
+    return items[world.has_content[items]][-HISTORY:]
 
 
 def model_scores(model: PreRanker, world: World, users: Ints, scores_of: Scores | None) -> Floats:
     n = world.n_items
     items = model.item_side(np.arange(1, n + 1), world.vectors)
-    sides = [model.user_side(user + 1, world.positives[user][-HISTORY:] + 1) for user in users.tolist()]
+    sides = [model.user_side(user + 1, _liked(world, user) + 1) for user in users.tolist()]
     towers = np.stack(sides) @ items.T
     anchor = None if scores_of is None else scores_of(users).ravel()
     return model.combine(np.ascontiguousarray(towers.ravel()), anchor).reshape(len(users), n)

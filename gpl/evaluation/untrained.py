@@ -11,6 +11,9 @@ from gpl.evaluation.judge import Scores
 from gpl.evaluation.world import World
 from gpl.labels.labeller import Config, Matching
 
+_BELOW_ALL = -2.0
+"""A cosine is at least -1, a kernel's sum above 0."""
+
 
 def popularity(bench: Bench) -> Scores:
     """Number of clicks in the log and positives before it; exposures are the policy's, not people's."""
@@ -31,9 +34,9 @@ def ease(bench: Bench, regularisation: float) -> Scores:
 
 
 def anchor_score(bench: Bench, generator: Generator, matching: Matching = "max") -> Scores:
-    """Raw anchor scores as a ranking; a user without anchors ranks all items alike."""
+    """Raw anchor scores as a ranking, items without content last; a user without anchors ranks all items alike."""
     scores_of = bench.scores(AnchorSpec(generator), Config(matching))
-    return lambda users: np.nan_to_num(scores_of(users), nan=0.0)
+    return lambda users: np.nan_to_num(scores_of(users), nan=_BELOW_ALL)
 
 
 def _liked(world: World, users: Ints) -> Floats:

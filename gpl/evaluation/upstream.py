@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpl.evaluation.dataset import Bools, Dataset, Events, Floats, Ints, Ragged, Requests, Truth
+from gpl.evaluation.dataset import Bools, DataError, Dataset, Events, Floats, Ints, Ragged, Requests, Truth
 
 Generator = np.random.Generator
 
@@ -112,7 +112,9 @@ def from_truth(dataset: Dataset, vectors: Floats, config: UpstreamConfig, rng: G
     """A log of ``pages`` requests a user, one after the other, and one more that is held out.
 
     Popularity is the data set's own, or else the number of users to whom an item is relevant. At most two fifths of
-    what is known of a user is exposed.
+    what is known of a user is exposed. Where the truth lists relevant pairs alone, the others are irrelevant.
+
+    Raises DataError where of nobody enough is known for one request.
     """
     truth = dataset.truth
     assert truth is not None
@@ -120,7 +122,8 @@ def from_truth(dataset: Dataset, vectors: Floats, config: UpstreamConfig, rng: G
     relevant, known_cell = np.zeros((2, n_users, n_items), dtype=bool)
     relevant[truth.user, truth.item] = truth.relevance > 0
     known_cell[truth.user, truth.item] = True
-    if truth.every_cell:
+    every_cell = truth.every_cell or bool((truth.relevance > 0).all())
+    if every_cell:
         known_cell[:] = True
     popularity = dataset.popularity if dataset.popularity is not None else relevant.sum(axis=0).astype(np.float32)
     recall = Recall(vectors, popularity, config)
@@ -147,6 +150,10 @@ def from_truth(dataset: Dataset, vectors: Floats, config: UpstreamConfig, rng: G
             exposed[user, shown] = True
             liked += shown[clicked].tolist()
         positives.append(liked)
+    if not log.user:
+        raise DataError(
+            f"{dataset.name}: of no user {-(-5 * config.exposed // 2)} pairs are known, as a simulated request needs"
+        )
     unseen = known_cell & ~exposed
     return Made(
         Ragged.of(positives),
@@ -154,7 +161,7 @@ def from_truth(dataset: Dataset, vectors: Floats, config: UpstreamConfig, rng: G
         np.array(log.known, dtype=np.int64),
         held_out.requests(),
         Ragged.of(np.flatnonzero(row) for row in relevant & unseen),
-        None if truth.every_cell else Ragged.of(np.flatnonzero(row) for row in unseen),
+        None if every_cell else Ragged.of(np.flatnonzero(row) for row in unseen),
         Ragged.of(np.flatnonzero(row) for row in exposed),
     )
 
@@ -172,15 +179,16 @@ def from_events(dataset: Dataset, vectors: Floats, config: UpstreamConfig, rng: 
     assert events is not None
     n_users, n_items = len(dataset.users), len(dataset.items)
     sessions = _sessions(events, n_users)
-    before = [item for mine in sessions for session in mine[:-1] for item in session]
+    pasts = [mine[:-1] if len(mine) > 1 else mine for mine in sessions]
+    before = [item for past in pasts for session in past for item in session]
     recall = Recall(
         vectors, np.bincount(np.array(before, dtype=np.int64), minlength=n_items).astype(np.float32), config
     )
     log, held_out = _Recorder(), _Recorder()
     positives, relevant = [], []
-    for user, mine in enumerate(sessions):
+    for user, (mine, past) in enumerate(zip(sessions, pasts, strict=True)):
         # With one session there is no history to know the user by: it is all log, and the user is not judged.
-        past, last = (mine[:-1], mine[-1]) if len(mine) > 1 else (mine, [])
+        last = mine[-1] if len(mine) > 1 else []
         liked = [item for session in past for item in session]
         taken = np.array([*liked, *last], dtype=np.int64)
         cuts = [session[at : at + config.clicks] for session in past for at in range(0, len(session), config.clicks)]
@@ -210,8 +218,8 @@ def from_log(dataset: Dataset, vectors: Floats, config: UpstreamConfig, rng: Gen
 
     The last request of each user with truth and at least three requests is held out.
 
-    Where the truth lists irrelevant pairs, candidates are the listed pairs, otherwise all items not seen; what was seen
-    is not relevant then, whatever the truth says.
+    Where the truth lists irrelevant pairs, candidates are the listed pairs, otherwise all items; what was seen is no
+    candidate, whatever the truth says.
     """
     log, truth = dataset.log, dataset.truth
     assert log is not None and truth is not None
@@ -245,8 +253,9 @@ def from_log(dataset: Dataset, vectors: Floats, config: UpstreamConfig, rng: Gen
     whole = Requests(log.user, log.exposed, log.clicked, Ragged.of(recalled))
     relevant, listed = _judged(truth, n_users)
     seen = [np.union1d(shown_by[user], liked[user]).astype(np.int64) for user in range(n_users)]
-    if listed is None:
-        relevant = Ragged.of(np.setdiff1d(relevant[user], seen[user]) for user in range(n_users))
+    relevant = Ragged.of(np.setdiff1d(relevant[user], seen[user]) for user in range(n_users))
+    if listed is not None:
+        listed = Ragged.of(np.setdiff1d(listed[user], seen[user]) for user in range(n_users))
     return Made(
         Ragged.of(liked),
         whole.take(kept),

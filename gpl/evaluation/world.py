@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -24,8 +25,9 @@ class World:
     """All indices are those of the data set. ``n`` items of dimension ``d``, U users, R requests.
 
     ``raw``, ``vectors`` (n, d): vectors of the frozen space, not centred and centred, unit rows; zero where an item has
-    no content. ``positives`` (U lists): what each user is known to like, oldest first; ``known`` (R,): how many of them
-    came before the request, so anchors for a request are made of ``positives[u][:known]``, those for judging of all.
+    no content, and then it has no anchor score and no pseudo-labels. ``positives`` (U lists): what each user is known
+    to like, oldest first; ``known`` (R,): how many of them came before the request, so anchors for a request are made
+    of ``positives[u][:known]``, those for judging of all.
 
     ``held_out`` (H requests): exposures that nothing is trained on, for metrics on exposed items; their anchors are
     made of all positives. Judged is user u on ``relevant[u]`` among ``listed[u]``, or, where ``listed`` is None, among
@@ -56,10 +58,18 @@ class World:
     def n_users(self) -> int:
         return len(self.user_ids)
 
+    @cached_property
+    def has_content(self) -> Bools:
+        """(n,) whether the item has a vector."""
+        return np.asarray(np.abs(self.vectors).sum(axis=1) > 0)
+
     @property
     def judged(self) -> Ints:
-        """Users with truth, and positives to know them by."""
-        return np.flatnonzero((self.relevant.sizes > 0) & (self.positives.sizes > 0))
+        """Users with truth, something irrelevant to rank it against, and positives to know them by."""
+        both = self.relevant.sizes > 0
+        if self.listed is not None:
+            both &= self.listed.sizes > self.relevant.sizes
+        return np.flatnonzero(both & (self.positives.sizes > 0))
 
     def candidates(self, user: int) -> Bools:
         """(n,) whether the user is judged on the item."""

@@ -72,7 +72,7 @@ def test_labels_that_are_flat_say_nothing_of_taste(bench: Bench) -> None:
         scores = gpl(bench, Parts(generator="history", sharpness=sharpness, weight=10.0))(users)
         return float(np.std(scores - scores.mean(axis=0), axis=1).mean())
 
-    assert personal("flat") < personal("effect") <= personal("full")
+    assert personal("flat") < 0.9 * min(personal("effect"), personal("full"))
 
 
 BASELINES = [m for m in METHODS if m.group in ("untrained", "no pseudo-labels", "pseudo-labels")]
