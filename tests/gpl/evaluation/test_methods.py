@@ -19,7 +19,7 @@ from gpl.evaluation.generative import Parts, evidence, gpl
 from gpl.evaluation.methods import BY_NAME, METHODS, Method
 from gpl.evaluation.pairs import Pairs
 from gpl.evaluation.reliability import reliability
-from gpl.evaluation.training import TrainConfig, one_thread
+from gpl.evaluation.training import TrainConfig, histories, one_thread
 from gpl.labels.labeller import Config
 from tests.gpl.evaluation import planted
 from tests.gpl.evaluation.test_world import world
@@ -183,7 +183,7 @@ def test_confidence_bins_cover_what_labels_call_good(bench: Bench) -> None:
     assert all(0 <= one["relevant"] <= 1 and 0 <= one["label"] <= 1 for one in bins)
 
 
-def test_a_batch_of_pairs_keeps_the_exposed_and_a_stretch_of_the_others(bench: Bench) -> None:
+def test_a_batch_of_pairs_keeps_the_exposed_and_some_of_the_others(bench: Bench) -> None:
     pairs = Pairs.of(bench.world.log)
     requests = np.arange(len(pairs))
     at, owner = pairs.of_requests(requests, 7, np.random.default_rng(0))
@@ -193,3 +193,43 @@ def test_a_batch_of_pairs_keeps_the_exposed_and_a_stretch_of_the_others(bench: B
     assert (np.bincount(owner[~exposed], minlength=len(pairs)) <= 7).all()
     everything, _ = pairs.of_requests(requests, None, np.random.default_rng(0))
     assert np.array_equal(everything, np.arange(len(pairs.item)))
+
+
+def test_which_of_the_others_a_batch_keeps_does_not_hang_on_their_order() -> None:
+    """Recalled items are often in the order of the catalogue: a run of them would be alike."""
+    log = Requests(np.zeros(2, np.int64), Ragged.of([[0], [0]]), np.array([True, False]), Ragged.of([range(1, 41)] * 2))
+    pairs, rng = Pairs.of(log), np.random.default_rng(0)
+    together = np.zeros((41, 41))
+    for _ in range(2_000):
+        at, owner = pairs.of_requests(np.array([1, 0]), 10, rng)
+        kept = pairs.item[at[owner == 0]]
+        assert len(kept) == 11 and kept[0] == 0
+        together[np.ix_(kept, kept)] += 1
+    apart = [together[a, b] / 2_000 for a, b in ((1, 2), (1, 40), (7, 30))]
+    assert apart == pytest.approx([10 * 9 / (40 * 39)] * 3, abs=0.02)
+
+
+def test_an_item_without_content_has_no_anchor_score_and_no_label() -> None:
+    made = world(planted.events(60))
+    bare = int(np.bincount(made.positives.values).argmax())
+    vectors = made.vectors.copy()
+    vectors[bare] = 0.0
+    bench = Bench(replace(made, vectors=vectors, raw=vectors), None, TRAIN)
+    spec, pairs = AnchorSpec("history"), bench.pairs("recalled")
+    labels, scores_of = bench.labels(spec, Config(), "recalled")
+    has_anchors = ~np.isnan(labels.score)
+    assert (pairs.item == bare).any() and not has_anchors[pairs.item == bare].any() and has_anchors.any()
+    assert not labels.confidence[pairs.item == bare].any()
+    users = bench.test.users
+    assert np.isnan(scores_of(users)[:, bare]).all()
+    alone = BY_NAME["anchor-history"].run(bench, generator="history")(users)
+    assert np.isfinite(alone).all() and (alone.argmin(axis=1) == bare).all()
+    assert bare not in np.concatenate(histories(bench.world))
+    assert np.isfinite(gpl(bench, Parts(generator="history"))(users)).all()
+
+
+def test_too_few_users_for_a_language_model_have_history_clusters() -> None:
+    made = world(planted.events(16))
+    cases = Cases(made)
+    lm, clusters = (make_anchors(made, cases, spec, 0) for spec in (AnchorSpec("small-lm"), AnchorSpec("history")))
+    assert np.array_equal(lm.index, clusters.index) and np.array_equal(lm.table, clusters.table)

@@ -54,6 +54,13 @@ def test_log_is_joined_by_request_or_by_the_latest_recall_that_holds_the_item(lo
     assert dataset.truth.relevance.tolist() == [1.0, 0.0] and not dataset.truth.every_cell
 
 
+def test_feedback_is_taken_in_the_order_of_its_time(log: Path) -> None:
+    shown = [event(n, item, ts, "click", request_id="r1") for n, (item, ts) in enumerate((("i3", 130), ("i1", 110)))]
+    write(log, "feedback.jsonl", shown)
+    dataset = neutral.load(log)
+    assert dataset.log is not None and dataset.log.exposed[0].tolist() == [0, 2]
+
+
 def test_truth_file_takes_the_place_of_the_directorys_own(log: Path) -> None:
     other = log / "other.jsonl"
     write(log, other.name, [{"user_id": "u1", "item_id": "i2", "relevance": 2.5}])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from gpl.evaluation.dataset import DataError, Dataset, Ragged, Requests, Truth
+from gpl.catalogue import ItemContent
+from gpl.evaluation.dataset import DataError, Dataset, Events, Ragged, Requests, Truth
 from gpl.evaluation.embed import embed, embedded_world
 from gpl.evaluation.upstream import Recall, UpstreamConfig
 from gpl.evaluation.world import World
+from gpl.space import Space
 from tests.gpl.evaluation import planted
 
 CONFIG = UpstreamConfig(pages=4, recalled=20)
@@ -135,6 +139,56 @@ def test_irrelevant_pairs_in_the_truth_make_the_listed_pairs_the_candidates() ->
     assert set(np.flatnonzero(made.candidates(user))) == set(made.listed[user].tolist())
 
 
+def test_what_a_log_exposed_is_no_candidate_and_users_without_a_rival_item_are_not_judged() -> None:
+    full = logged()
+    assert full.truth is not None and full.log is not None
+    log, truth = full.log, full.truth
+    # What was shown is listed too; irrelevant pairs are those of users with even numbers.
+    users, items = log.user[log.exposed.rows], log.exposed.values
+    rivals = np.array([(u, i) for u in range(0, len(full.users), 2) for i in (3, 4, 5)])
+    listed = np.concatenate([np.stack([truth.user, truth.item], axis=1), np.stack([users, items], axis=1), rivals])
+    listed, first = np.unique(listed, axis=0, return_index=True)
+    relevance = (first < len(truth.user) + len(users)).astype(np.float32)
+    made = world(Dataset("logged", full.items, full.users, Truth(*listed.T, relevance, every_cell=False), log=log))
+    assert len(made.judged) and not (made.judged % 2).any()
+    for user in made.judged.tolist():
+        shown = made.candidates(user)[items[users == user]]
+        assert not shown.any() and made.candidates(user).sum() > len(made.relevant[user]) > 0
+
+
+def test_a_truth_of_relevant_pairs_alone_says_that_the_others_are_not() -> None:
+    every = planted.full()
+    assert every.truth is not None
+    said = Truth(every.truth.user, every.truth.item, every.truth.relevance, every_cell=False)
+    first, second = (world(replace(every, truth=truth)) for truth in (every.truth, said))
+    assert second.listed is None and 0 < second.log.clicked.mean() < 0.5
+    assert np.array_equal(first.log.exposed.values, second.log.exposed.values)
+
+
+def test_popularity_counts_the_purchases_of_users_with_one_session() -> None:
+    made = planted.events(40)
+    assert made.events is not None
+    extra, user = 30, np.arange(40, 240)
+    once = Events(
+        np.concatenate([made.events.user, user]),
+        np.concatenate([made.events.item, np.full(200, extra)]),
+        np.concatenate([made.events.session, 10_000 + user]),
+    )
+    many = world(Dataset("once", made.items, [f"u{u}" for u in range(240)], events=once))
+    shown = np.bincount(many.log.exposed.values[many.log.user[many.log.exposed.rows] < 40], minlength=len(made.items))
+    assert shown[extra] > 3 * np.median(shown)
+
+
+def test_vectors_of_any_length_are_centred_as_the_product_does() -> None:
+    base, rng = planted.full(4), np.random.default_rng(0)
+    raw = rng.normal(size=(30, 6)) * 10 ** rng.uniform(-1, 1, size=(30, 1)) + 1.0
+    items = [ItemContent(str(n), "", row.tolist()) for n, row in enumerate(raw)]
+    small = Truth(np.array([0]), np.array([3]), np.ones(1, dtype=np.float32), every_cell=True)
+    found, centred = embed(Dataset("lengths", items, base.users, small), NoEncoder())  # type: ignore[arg-type]
+    wanted = Space.fit("precomputed", raw.astype(np.float32)).project(raw.astype(np.float32))
+    assert np.allclose(centred, wanted, atol=1e-6) and np.allclose(np.linalg.norm(found, axis=1), 1.0, atol=1e-5)
+
+
 def test_truth_of_what_the_log_exposed_is_not_judged() -> None:
     full = logged()
     assert full.truth is not None and full.log is not None
@@ -149,8 +203,6 @@ def test_truth_of_what_the_log_exposed_is_not_judged() -> None:
 
 
 def test_items_without_content_are_zero_rows_and_the_others_are_centred() -> None:
-    from gpl.catalogue import ItemContent
-
     class Letters:
         name, dim = "letters", 3
 
@@ -172,3 +224,12 @@ def test_a_world_in_which_nobody_can_be_judged_is_an_error() -> None:
     empty = Requests(np.array([1]), Ragged.of([[0, 1]]), np.array([True, False]), Ragged.of([[2]]))
     with pytest.raises(DataError, match="too few to judge on"):
         world(Dataset("nobody", full.items, full.users, truth, log=empty))
+
+
+def test_sets_that_cannot_be_simulated_are_errors() -> None:
+    full, events = planted.full(3), planted.events(3)
+    few = Truth(np.zeros(20, np.int64), np.arange(20), np.arange(20).astype(np.float32) % 2, every_cell=False)
+    with pytest.raises(DataError, match="few: of no user 25 pairs are known"):
+        world(Dataset("few", full.items, full.users, few))
+    with pytest.raises(DataError, match="both: events and a truth, but no log"):
+        Dataset("both", full.items, full.users, full.truth, events=events.events)
