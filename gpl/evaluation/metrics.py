@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from math import comb
-
 import numpy as np
 import numpy.typing as npt
 
@@ -79,41 +77,6 @@ def calibration_error(clicks: npt.ArrayLike, probabilities: npt.ArrayLike, bins:
     return float(np.abs(gap).sum() / len(y))
 
 
-def hit_rate_at(k: int, relevance: npt.ArrayLike, scores: npt.ArrayLike) -> float:
-    """Whether one list's top k holds a relevant item (relevance > 0): 1 or 0, or NaN when none is relevant.
-
-    Where scores tie across the cut it is the probability of a hit under random tie-breaking, so that a scorer
-    that cannot tell items apart earns what chance earns.
-    """
-    gain, s, cut = _list(k, relevance, scores)
-    if not (gain > 0).any():
-        return float("nan")
-    if cut == len(s):
-        return 1.0
-    edge = np.partition(s, len(s) - cut)[len(s) - cut]  # the cut-th largest score
-    above, tied = s > edge, s == edge
-    if (gain[above] > 0).any():
-        return 1.0
-    misses, places = int((gain[tied] <= 0).sum()), cut - int(above.sum())
-    return 1.0 - comb(misses, places) / comb(int(tied.sum()), places)
-
-
-def ndcg_at(k: int, relevance: npt.ArrayLike, scores: npt.ArrayLike) -> float:
-    """Normalised discounted cumulative gain of one list's top k, linear gain; NaN when nothing is relevant.
-
-    Tied items share the mean of their gains (McSherry and Najork 2008): the expectation over random tie-breaking.
-    """
-    gain, s, cut = _list(k, relevance, scores)
-    discount = np.where(np.arange(len(s)) < cut, 1 / np.log2(np.arange(len(s)) + 2), 0.0)
-    ideal = float((np.sort(gain)[::-1] * discount).sum())
-    if ideal == 0:
-        return float("nan")
-    _, group, size = np.unique(-s, return_inverse=True, return_counts=True)
-    shared = np.bincount(group, gain) / size
-    reached = np.cumsum(discount)[np.cumsum(size) - 1]
-    return float((shared * np.diff(reached, prepend=0.0)).sum() / ideal)
-
-
 def _columns(clicks: npt.ArrayLike, **other: npt.ArrayLike) -> tuple[Array, Array]:
     ((name, values),) = other.items()
     y, x = np.asarray(clicks, dtype=np.float64), np.asarray(values, dtype=np.float64)
@@ -132,16 +95,3 @@ def _probabilities(values: npt.ArrayLike) -> Array:
     if outside.any():
         raise ValueError(f"probabilities: {p[outside][0]}, expected within [0, 1]")
     return p
-
-
-def _list(k: int, relevance: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[Array, Array, int]:
-    gain, s = np.asarray(relevance, dtype=np.float64), np.asarray(scores, dtype=np.float64)
-    if k < 1:
-        raise ValueError(f"k: {k}, expected at least 1")
-    if gain.ndim != 1 or s.shape != gain.shape:
-        raise ValueError(f"scores: shape {s.shape}, relevance: shape {gain.shape}, expected (n,) twice")
-    if not (gain >= 0).all():
-        raise ValueError(f"relevance: {gain[~(gain >= 0)][0]}, expected at least 0")
-    if np.isnan(s).any():
-        raise ValueError(f"scores: nan at {int(np.argmax(np.isnan(s)))}")
-    return gain, s, min(k, len(s))

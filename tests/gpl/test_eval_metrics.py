@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 
 from gpl.evaluation.intervals import bootstrap_mean_ci, paired_difference_ci
-from gpl.evaluation.metrics import auc, calibration_error, gauc, hit_rate_at, log_loss, ndcg_at
+from gpl.evaluation.metrics import auc, calibration_error, gauc, log_loss
 
 # Few distinct values, so that ties are common.
 tied = st.integers(0, 4).map(lambda i: i / 4)
@@ -51,43 +51,6 @@ def test_gauc_by_hand():
     # a: 1 of 1 pairs right, 2 impressions; b: 0 of 2, 3 impressions; c has only clicks.
     y, s, u = [1, 0, 0, 0, 1, 1], [0.9, 0.1, 0.5, 0.6, 0.2, 0.7], list("aabbbc")
     assert gauc(y, s, u) == pytest.approx((1.0 * 2 + 0.0 * 3) / 5)
-
-
-@given(
-    st.lists(st.tuples(st.integers(0, 3), tied), min_size=2, max_size=30).filter(lambda r: any(g for g, _ in r)),
-    st.integers(1, 35),
-)
-def test_ndcg_agrees_with_sklearn_including_ties(rows, k):
-    gain, s = columns(rows)
-    assert ndcg_at(k, gain, s) == pytest.approx(sk.ndcg_score([gain], [s], k=k))
-
-
-@given(
-    st.lists(st.tuples(st.integers(0, 1), st.integers(0, 2)), min_size=1, max_size=12).filter(
-        lambda r: any(g for g, _ in r)
-    ),
-    st.integers(1, 14),
-    st.integers(0, 99),
-)
-@settings(max_examples=40, deadline=None)
-def test_hit_rate_is_the_mean_over_random_tie_breaking(rows, k, seed):
-    gain, s = columns(rows)
-    rng = np.random.default_rng(seed)
-    hits = []
-    for _ in range(1500):
-        top = np.lexsort((rng.random(len(s)), -s))[:k]
-        hits.append(gain[top].any())
-    assert hit_rate_at(k, gain, s) == pytest.approx(np.mean(hits), abs=0.06)
-
-
-def test_hit_rate_by_hand():
-    assert hit_rate_at(2, [0, 1, 0], [0.9, 0.5, 0.1]) == 1
-    assert hit_rate_at(1, [0, 1, 0], [0.9, 0.5, 0.1]) == 0
-    # A scorer that cannot tell ten items apart finds the one with chance 3 in 10.
-    assert hit_rate_at(3, np.eye(10)[4], np.zeros(10)) == pytest.approx(0.3)
-    assert hit_rate_at(50, [0, 1], [1, 0]) == 1
-    assert math.isnan(hit_rate_at(1, [0, 0], [1, 0]))
-    assert math.isnan(ndcg_at(1, [0, 0], [1, 0]))
 
 
 def test_calibration_error_by_hand():
@@ -189,9 +152,6 @@ def test_undefined_values_are_left_out():
         (lambda: gauc([0, 1], [0, 1], ["a"]), "users"),
         (lambda: log_loss([0, 1], [0, 1.5]), "probabilities: 1.5"),
         (lambda: calibration_error([0, 1], [0, 1], bins=0), "bins: 0"),
-        (lambda: hit_rate_at(0, [1], [1]), "k: 0"),
-        (lambda: ndcg_at(1, [-1], [1]), "relevance: -1"),
-        (lambda: ndcg_at(1, [1], [1, 2]), "scores"),
         (lambda: bootstrap_mean_ci([1], [1, 2], 0), "groups"),
         (lambda: bootstrap_mean_ci([1], [1], 0, level=1.0), "level: 1.0"),
         (lambda: bootstrap_mean_ci([1], [1], 0, resamples=0), "resamples: 0"),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from sklearn.metrics import ndcg_score
 
 from gpl.evaluation import report
 from gpl.evaluation.judge import Judge, Outcome
-from gpl.evaluation.metrics import ndcg_at
 from gpl.evaluation.statistics import crossed_comparison, crossed_mean, seed_comparison, seed_mean
 from gpl.evaluation.summary import _interval
 from gpl.evaluation.world import World
@@ -35,7 +35,7 @@ def test_against_the_definitions(made: World) -> None:
         assert found.per_user["hr@10"][row] == pytest.approx(np.mean(hits))
         pairs = scores[relevant][:, None] > scores[~relevant][None, :]
         assert found.per_user["auc"][row] == pytest.approx(pairs.mean())
-        assert found.per_user["ndcg@10"][row] == pytest.approx(ndcg_at(10, relevant.astype(float), scores))
+        assert found.per_user["ndcg@10"][row] == pytest.approx(ndcg_score([relevant], [scores], k=10))
         tail = made.tail[candidates][relevant]
         expected = np.mean(np.array(hits)[tail]) if tail.any() else np.nan
         assert found.per_user["tail_hr@10"][row] == pytest.approx(expected, nan_ok=True)
