@@ -285,11 +285,11 @@ def _meta(path: Path) -> _Meta:
     return meta
 
 
-def open_text(path: Path) -> io.TextIOBase:
-    """A text file, UTF-8 with or without a byte order mark, gzipped where its name ends in .gz."""
+def open_text(path: Path, encoding: str = "utf-8-sig") -> io.TextIOBase:
+    """A text file, by default UTF-8 with or without a byte order mark, gzipped where its name ends in .gz."""
     if path.suffix == ".gz":
-        return io.TextIOWrapper(gzip.open(path), encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
+        return io.TextIOWrapper(gzip.open(path), encoding=encoding, newline="")
+    return path.open(encoding=encoding, newline="")
 
 
 def _records(path: Path, kind: type[S]) -> Iterator[tuple[int, S]]:
