@@ -144,8 +144,10 @@ def read_truth(path: Path, items: Ids, users: Ids, every_cell: bool) -> Truth:
 
 
 def save(dataset: Dataset, directory: Path, source: str) -> None:
-    """Write ``dataset`` so that :func:`load` gives it back, less users to whom nothing is relevant where every pair is
-    known. Raises FileExistsError for a directory with files in it."""
+    """Write ``dataset`` so that :func:`load` gives it back. Raises FileExistsError for a directory with files in it.
+
+    Where every pair is known, only what is relevant is written, and one irrelevant pair of a user to whom nothing is.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     if any(directory.iterdir()):
         raise FileExistsError(f"{directory}: not empty")
@@ -160,8 +162,12 @@ def save(dataset: Dataset, directory: Path, source: str) -> None:
         _write_csv(directory / "events.csv", header, ((*_ids(dataset, u, i), o, s) for u, i, o, s in rows))
     if dataset.truth is not None:
         t = dataset.truth
-        pairs = zip(t.user.tolist(), t.item.tolist(), t.relevance.tolist(), strict=True)
-        kept = ((*_ids(dataset, u, i), f"{r:g}") for u, i, r in pairs if r > 0 or not every)
+        pairs = list(zip(t.user.tolist(), t.item.tolist(), t.relevance.tolist(), strict=True))
+        if every:
+            pairs = [pair for pair in pairs if pair[2] > 0]
+            pairs += [(user, 0, 0.0) for user in set(range(len(dataset.users))) - {user for user, _, _ in pairs}]
+            pairs.sort(key=lambda pair: pair[0])  # users are read back in their order
+        kept = ((*_ids(dataset, u, i), f"{r:g}") for u, i, r in pairs)
         _write_csv(directory / "truth.csv", ("user_id", "item_id", "relevance"), kept)
     if dataset.log is not None:
         _save_log(dataset, dataset.log, directory)
@@ -279,11 +285,11 @@ def _meta(path: Path) -> _Meta:
     return meta
 
 
-def open_text(path: Path) -> io.TextIOBase:
-    """A text file, UTF-8 with or without a byte order mark, gzipped where its name ends in .gz."""
+def open_text(path: Path, encoding: str = "utf-8-sig") -> io.TextIOBase:
+    """A text file, by default UTF-8 with or without a byte order mark, gzipped where its name ends in .gz."""
     if path.suffix == ".gz":
-        return io.TextIOWrapper(gzip.open(path), encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
+        return io.TextIOWrapper(gzip.open(path), encoding=encoding, newline="")
+    return path.open(encoding=encoding, newline="")
 
 
 def _records(path: Path, kind: type[S]) -> Iterator[tuple[int, S]]:

@@ -17,7 +17,7 @@ DEFAULT_OUT = Path("runs/evaluate")
 
 @datasets_app.command("convert")
 def convert(
-    name: Annotated[str, typer.Argument(help="jester, kuairec, coat, mind, amazon-office or online-retail.")],
+    name: Annotated[str, typer.Argument(help="jester, kuairec, coat, mind, amazon-office, amazon or online-retail.")],
     source: Annotated[Path, typer.Argument(help="Directory with the files of the source.")],
     destination: Annotated[Path, typer.Argument(help="A new directory, in the neutral format.")],
 ) -> None:

@@ -15,6 +15,7 @@ CONVERTERS: dict[str, Callable[[Path], Dataset]] = {
     "coat": coat.read,
     "mind": mind.read,
     "amazon-office": amazon.read,
+    "amazon": amazon.read,
     "online-retail": retail.read,
 }
 """By name: a reader of the source's directory. Raises FileNotFoundError and DataError."""

@@ -15,8 +15,8 @@ import numpy as np
 
 from gpl.catalogue import ItemContent
 from gpl.evaluation.dataset import DataError, Dataset, Events, Ragged, Requests, Truth
-from gpl.evaluation.neutral import Ids, open_text
-from gpl.evaluation.sources.table import find
+from gpl.evaluation.neutral import Ids
+from gpl.evaluation.sources.table import find, opened
 
 
 def read(source: Path) -> Dataset:
@@ -42,6 +42,10 @@ def read(source: Path) -> Dataset:
                 truth[user, at] = max(float(click), truth.get((user, at), 0.0))
         else:
             log.append((user, seen))
+    if not any(truth.values()):
+        raise DataError(f"{path.name}: no click of the half of the users who are held out")
+    if not log:
+        raise DataError(f"{path.name}: no impression of the half of the users who are the log")
     for titled in texts:
         items.add(titled)
     ids = items.to_list()
@@ -79,7 +83,7 @@ def _impressions(path: Path) -> Iterator[tuple[datetime, str, list[str], list[st
 
 
 def _rows(path: Path, columns: int) -> Iterator[list[str]]:
-    with open_text(path) as handle:
+    with opened(path) as handle:
         for number, line in enumerate(handle, 1):
             row = line.rstrip("\r\n").split("\t")
             if len(row) < columns:

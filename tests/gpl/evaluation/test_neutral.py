@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gpl.catalogue import ItemContent
 from gpl.evaluation import neutral
-from gpl.evaluation.dataset import DataError, Dataset, Ragged
+from gpl.evaluation.dataset import DataError, Dataset, Ragged, Truth
 
 ITEMS = [{"item_id": "i1", "text": "stapler"}, {"item_id": "i2", "text": "staples"}, {"item_id": "i3", "text": "pen"}]
 
@@ -119,6 +120,18 @@ def same(first: Dataset, second: Dataset) -> None:
 
 def vars_of(item: object) -> tuple[object, ...]:
     return tuple(getattr(item, name) for name in ("item_id", "text", "embedding"))
+
+
+def test_users_to_whom_nothing_is_relevant_are_read_back_in_their_place(tmp_path: Path) -> None:
+    items = [ItemContent(str(row["item_id"]), str(row["text"])) for row in ITEMS]
+    cells = np.indices((3, 3)).reshape(2, -1).astype(np.int64)
+    truth = Truth(*cells, np.array([0, 0, 0, 1, 0, 1, 0, 0, 0], dtype=np.float32), every_cell=True)
+    neutral.save(Dataset("full", items, ["u1", "u2", "u3"], truth), tmp_path / "copy", "test")
+    again = neutral.load(tmp_path / "copy")
+    assert again.kind == "full" and again.users == ["u1", "u2", "u3"]
+    assert again.truth is not None and again.truth.every_cell
+    relevant = again.truth.relevance > 0
+    assert list(zip(again.truth.user[relevant], again.truth.item[relevant], strict=True)) == [(1, 0), (1, 2)]
 
 
 def test_what_is_saved_is_read_back(log: Path, tmp_path: Path) -> None:

@@ -153,6 +153,7 @@ def test_the_real_set_converts_and_is_read_back(name: str, tmp_path: Path) -> No
     if dataset.truth is not None:
         assert again.truth is not None
         assert (again.truth.relevance > 0).sum() == (dataset.truth.relevance > 0).sum()
+        assert not dataset.truth.every_cell or again.users == dataset.users
 
 
 def test_movielens_comes_with_an_installed_package() -> None:
