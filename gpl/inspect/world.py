@@ -61,7 +61,7 @@ class Inspector:
         self._trie = SidTrie(self._sids, artefacts.quantiser.codebook_size, self._vectors)
         self._centroids = SidCentroids(self._sids, self._vectors)
         self._positives: dict[str, list[Event]] = {}
-        for event in sorted((e for e in events if e.clicked), key=lambda e: (e.ts, e.item_id)):
+        for event in sorted((e for e in events if e.clicked), key=lambda e: (e.known_ts, e.item_id)):
             self._positives.setdefault(event.user_id, []).append(event)
 
     @property
@@ -71,7 +71,7 @@ class Inspector:
 
     def user(self, user_id: str, nearest: int = 5, top: int = 20, until: int | None = None) -> UserView:
         """A user as of event time ``until`` (None: the end). Raises KeyError for a user without positives by then."""
-        events = [e for e in self._positives.get(user_id, []) if until is None or e.ts <= until]
+        events = [e for e in self._positives.get(user_id, []) if until is None or e.known_ts <= until]
         if not events:
             by_then = "" if until is None else f" until {until}"
             raise KeyError(f"user {user_id!r}: no click in the data{by_then}")
@@ -101,7 +101,7 @@ class Inspector:
         return UserView(
             user_id=user_id,
             history=[
-                Met(e.item_id, self._items[row].text, e.ts, at >= len(rows) - len(read))
+                Met(e.item_id, self._items[row].text, e.known_ts, at >= len(rows) - len(read))
                 for at, (e, row) in enumerate(zip(known, rows, strict=True))
             ],
             unknown_items=len(events) - len(known),
