@@ -49,11 +49,14 @@ class Inspector:
         config: labeller.Config | None = None,
         beams: int = 10,
         history: int = 50,
+        min_positives: int = 1,
     ) -> None:
-        """``encoder``: that of the space; None: vectors come with the items. Raises ValueError as `fit`."""
+        """``encoder``: that of the space; None: vectors come with the items. ``min_positives``: clicks below which the
+        stream makes no anchors. Raises ValueError as `fit`."""
         self._artefacts, self._items = artefacts, list(items)
         self._row_of = rows_by_id(self._items)
         self._config, self._beams, self._length = config or labeller.Config(), beams, history
+        self._least = min_positives
         artefacts.space.check_encoder(encoder)
         raw = raw_vectors(self._items, encoder, artefacts.space.dim)
         self._vectors = artefacts.space.project(raw, list(self._row_of))
@@ -113,6 +116,7 @@ class Inspector:
             map=Map(self._sample, self._points(self._vectors[read]), self._explained),
             generator=self._artefacts.generator.version,
             settings=self._settings(),
+            notice=self._notice(len(events)),
         )
 
     def item(self, item_id: str, nearest: int = 10) -> ItemView:
@@ -254,6 +258,11 @@ class Inspector:
     def _sample(self) -> list[Point]:
         step = -(-len(self._items) // _MAP_ITEMS)
         return self._points(self._vectors[::step])
+
+    def _notice(self, clicks: int) -> str:
+        if clicks >= self._least:
+            return ""
+        return f"In the stream no anchors or labels yet: {clicks} of {self._least} clicks (profiles.min_positives)."
 
     def _settings(self) -> str:
         config = self._config

@@ -75,6 +75,29 @@ def test_a_click_after_the_time_asked_for_is_left_out(place: Path, tmp_path: Pat
     assert inspect(place, "user", "u1", "--until", "14", data=tmp_path)[0] == 1
 
 
+def test_what_cannot_be_read_or_written_is_one_error(place: Path, tmp_path: Path):
+    (tmp_path / "items.jsonl").write_text("")
+    (tmp_path / "file").write_text("")
+    for data, named in ((tmp_path, "items.jsonl: no valid record"), (tmp_path / "file", "Not a directory")):
+        code, said = inspect(place, "item", "i5", data=data)
+        assert code == 1 and said.startswith("error: ") and named in said
+    for page in (tmp_path, tmp_path / "file" / "page.html"):
+        code, said = inspect(place, "item", "i5", "--html", str(page))
+        assert code == 1 and said.endswith(("Is a directory\n", "File exists\n")) and f"cannot write {page}" in said
+
+
+def test_a_byte_order_mark_costs_no_item_and_too_few_clicks_are_said(place: Path, tmp_path: Path):
+    click = {"event_id": "e", "user_id": "u", "item_id": "i0", "ts": 1, "kind": "click"}
+    for name, content in (
+        ("items.jsonl", (place / "items.jsonl").read_bytes()),
+        ("feedback.jsonl", json.dumps(click).encode()),
+    ):
+        (tmp_path / name).write_bytes(reader.BOM + content)
+    code, said = inspect(place, "user", "u", data=tmp_path)
+    assert code == 0 and "1 of 3 clicks (profiles.min_positives)" in said
+    assert inspect(place, "item", "i0", data=tmp_path)[0] == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [(("user", "nobody"), "nobody"), (("item", "i99"), "i99"), (("sid", "77"), "77"), (("sid", "a-b"), "a-b")],
