@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpl.evaluation.bench import Bench, code_digest, sources, written_atomically
+from gpl.evaluation.bench import Bench, code_digest, file_name, sources, written_atomically
 from gpl.evaluation.dataset import Dataset
 from gpl.evaluation.embed import embedded_world
 from gpl.evaluation.judge import Outcome
@@ -159,7 +159,7 @@ class _Work:
         searched = [method.name, base, method.starts, method.grid, method.settings, inspect.getsource(Method)]
         grid = json.dumps(searched, default=str)  # the order matters
         key = _digest(grid, self._common(method), str(self.config.seeds[: self.config.tuning]))
-        path = self.config.cache / "settings" / f"{self.dataset.name}-{method.name}-{key}.json"
+        path = self.config.cache / "settings" / f"{file_name(self.dataset.name)}-{method.name}-{key}.json"
         if path.is_file():
             stored: dict[str, Any] = json.loads(path.read_text())
             return stored
@@ -181,7 +181,7 @@ class _Work:
 
     def path(self, method: Method, settings: dict[str, Any]) -> Path:
         key = _digest(json.dumps(settings, sort_keys=True), self._common(method), str(self.seed))
-        return self.config.cache / "results" / f"{self.dataset.name}-{self.seed}-{method.name}-{key}.npz"
+        return self.config.cache / "results" / f"{file_name(self.dataset.name)}-{self.seed}-{method.name}-{key}.npz"
 
     def _common(self, method: Method) -> str:
         """What any figure of a method depends on. Methods are where `run` is defined: `methods` imports all of them."""

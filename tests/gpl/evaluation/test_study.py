@@ -178,3 +178,14 @@ def test_convert_and_its_errors(tmp_path: Path) -> None:
     assert runner.invoke(app, ["datasets", "convert", "nothing", str(tmp_path), "x"]).exit_code == 2
     missing = runner.invoke(app, ["evaluate", str(tmp_path / "none"), "--out", str(tmp_path / "runs")])
     assert missing.exit_code == 1 and "neither a directory nor a built-in set" in missing.output
+
+
+@pytest.mark.parametrize(("name", "file"), [("../../es\0c", ".._.._es_c"), ("ü" * 200, "ü" * 75), ("my set.v2", None)])
+def test_any_name_of_a_set_has_its_files_in_the_cache(config: StudyConfig, name: str, file: str | None) -> None:
+    (Path(config.datasets[0]) / "dataset.json").write_text(json.dumps({"name": name, "unlisted": "irrelevant"}))
+    config = replace(config, methods=("anchor-history", "ease"), seeds=(0,))
+    (found,) = run(config, lambda _: None)
+    assert found.name == name
+    kept = [path for path in config.cache.parent.rglob("*") if path.suffix in (".npz", ".json") and "ease" in path.name]
+    assert sorted(path.parent.name for path in kept) == ["results", "settings"]
+    assert all(path.name.startswith(f"{file or name}-") for path in [*kept, *(config.cache / "anchors").iterdir()])
