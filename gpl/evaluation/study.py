@@ -36,11 +36,11 @@ from gpl.space import SentenceEncoder
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """``datasets``: names of built-in sets, or directories. ``truth``: in place of the directory's own, if there is but
+    """``datasets``: as `open_dataset` takes them. ``truth``: in place of the directory's own, if there is but
     one set. ``cache``: where vectors, anchors and results are kept. ``tuning``: how many of the first seeds settings
     are chosen with, by the mean; one alone left more to chance than settings differ by (docs/evaluation.md)."""
 
-    datasets: tuple[str, ...]
+    datasets: tuple[str | Path, ...]
     methods: tuple[str, ...]
     cache: Path
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -82,9 +82,9 @@ Say = Callable[[str], None]
 
 def run(config: StudyConfig, say: Say) -> list[SetResult]:
     """Compute what is missing and gather all. Raises what `open_dataset` raises, ValueError for an unknown method."""
-    for name in config.methods:
-        if name not in BY_NAME:
-            raise ValueError(f"method {name!r} is unknown; there are {', '.join(BY_NAME)}")
+    for method in config.methods:
+        if method not in BY_NAME:
+            raise ValueError(f"method {method!r} is unknown; there are {', '.join(BY_NAME)}")
     if not config.seeds or not config.datasets:
         raise ValueError("a study needs at least one data set and one seed")
     if config.tuning < 1:
@@ -103,7 +103,7 @@ def run(config: StudyConfig, say: Say) -> list[SetResult]:
     return [_gathered(config, name) for name in config.datasets]
 
 
-def _computed(config: StudyConfig, tasks: Sequence[tuple[str, int]]) -> Iterator[str]:
+def _computed(config: StudyConfig, tasks: Sequence[tuple[str | Path, int]]) -> Iterator[str]:
     if config.jobs <= 1:
         for name, seed in tasks:
             yield from _Work(config, name, seed).run()
@@ -113,14 +113,14 @@ def _computed(config: StudyConfig, tasks: Sequence[tuple[str, int]]) -> Iterator
             yield from done.result()
 
 
-def _lines(config: StudyConfig, name: str, seed: int) -> list[str]:
+def _lines(config: StudyConfig, name: str | Path, seed: int) -> list[str]:
     return list(_Work(config, name, seed).run())
 
 
 class _Work:
     """One data set under one seed; the world is built when something is missing."""
 
-    def __init__(self, config: StudyConfig, name: str, seed: int) -> None:
+    def __init__(self, config: StudyConfig, name: str | Path, seed: int) -> None:
         one_thread()
         self.config, self.name, self.seed = config, name, seed
         self.dataset = open_dataset(name, config.truth)
@@ -211,7 +211,7 @@ def dataset_digest(dataset: Dataset) -> str:
     return digest.hexdigest()[:16]
 
 
-def _gathered(config: StudyConfig, name: str) -> SetResult:
+def _gathered(config: StudyConfig, name: str | Path) -> SetResult:
     works = [_Work(config, name, seed) for seed in config.seeds]
     dataset = works[0].dataset
     methods: dict[str, MethodResult] = {}
@@ -238,7 +238,7 @@ def _facts(work: _Work) -> dict[str, Any]:
         "kind": world.kind,
         "requests": len(world.log),
         "impressions": len(world.log.exposed.values),
-        "click_rate": float(world.log.clicked.mean()),
+        "click_rate": float(world.log.clicked.mean()) if len(world.log.clicked) else None,
         "recalled_unexposed": len(world.log.recalled.values),
         "validation_users": len(work.bench.validation.users),
         "test_users": len(judged),
@@ -290,7 +290,7 @@ def _digest(*parts: str) -> str:
 def settings_of(config: StudyConfig) -> dict[str, Any]:
     """For the record: everything that a study was told."""
     return {
-        "datasets": list(config.datasets),
+        "datasets": [str(name) for name in config.datasets],
         "methods": list(config.methods),
         "seeds": list(config.seeds),
         "tuning": min(config.tuning, len(config.seeds)),
