@@ -11,9 +11,12 @@ import hashlib
 import inspect
 import json
 import multiprocessing
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -98,19 +101,41 @@ def run(config: StudyConfig, say: Say) -> list[SetResult]:
     first = [(name, config.seeds[0]) for name in config.datasets]
     rest = [(name, seed) for name in config.datasets for seed in config.seeds[1:]]
     for tasks in (first, rest):
-        for line in _computed(config, tasks):
-            say(line)
+        with closing(_computed(config, tasks)) as lines:
+            for line in lines:
+                say(line)
     return [_gathered(config, name) for name in config.datasets]
 
 
-def _computed(config: StudyConfig, tasks: Sequence[tuple[str | Path, int]]) -> Iterator[str]:
+def _computed(config: StudyConfig, tasks: Sequence[tuple[str | Path, int]]) -> Generator[str]:
     if config.jobs <= 1:
         for name, seed in tasks:
             yield from _Work(config, name, seed).run()
         return
+    others = multiprocessing.active_children()
     with ProcessPoolExecutor(config.jobs, multiprocessing.get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(_lines, config, name, seed) for name, seed in tasks]):
-            yield from done.result()
+        with _interrupts_ignored():  # workers inherit it and so are deaf to Ctrl-C from their start; all start now
+            waited = [pool.submit(_lines, config, name, seed) for name, seed in tasks]
+        workers = [process for process in multiprocessing.active_children() if process not in others]
+        try:
+            for done in as_completed(waited):
+                yield from done.result()
+        except (KeyboardInterrupt, GeneratorExit):
+            for worker in workers:  # else all that was asked for would be waited for; what is written is kept
+                worker.terminate()
+            raise
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # others may not set it
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _lines(config: StudyConfig, name: str | Path, seed: int) -> list[str]:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import Future, as_completed
 from dataclasses import replace
 from pathlib import Path
 
@@ -267,3 +272,30 @@ def test_any_name_of_a_set_has_its_files_in_the_cache(config: StudyConfig, name:
     kept = [path for path in config.cache.parent.rglob("*") if path.suffix in (".npz", ".json") and "ease" in path.name]
     assert sorted(path.parent.name for path in kept) == ["results", "settings"]
     assert all(path.name.startswith(f"{file or name}-") for path in [*kept, *(config.cache / "anchors").iterdir()])
+
+
+def test_an_interrupt_ends_the_workers_without_a_word(
+    config: StudyConfig, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C reaches all processes of the terminal, workers that start and those that compute."""
+
+    def interrupt() -> None:
+        workers = multiprocessing.active_children()
+        assert len(workers) == 2
+        for worker in workers:
+            os.kill(worker.pid or 0, signal.SIGINT)
+
+    def waited(futures: list[Future[list[str]]]) -> Iterator[Future[list[str]]]:
+        interrupt()
+        return as_completed(futures)
+
+    monkeypatch.setattr(study, "as_completed", waited)
+    tasks = [(config.datasets[0], seed) for seed in range(30)]
+    lines = study._computed(replace(config, methods=("popularity",), jobs=2), tasks)
+    assert "HR@10" in next(lines)
+    interrupt()
+    with pytest.raises(KeyboardInterrupt):
+        lines.throw(KeyboardInterrupt)
+    assert not multiprocessing.active_children()
+    assert "Traceback" not in capfd.readouterr().err
+    assert len(list((config.cache / "results").iterdir())) < len(tasks)
