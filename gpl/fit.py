@@ -45,12 +45,18 @@ _CHOSEN = ("levels", "codebook_size", "epochs")  # where None is a value
 
 
 class Event(NamedTuple):
-    """One past exposure. ``ts`` orders a user's events, in any unit."""
+    """One past exposure. ``ts`` orders a user's events, in any unit; ``clicked_ts``: of the click, None: at ``ts``."""
 
     user_id: str
     item_id: str
     ts: int
     clicked: bool
+    clicked_ts: int | None = None
+
+    @property
+    def known_ts(self) -> int:
+        """From when on it is known what became of it: before its click, an exposure is no positive."""
+        return self.ts if self.clicked_ts is None else self.clicked_ts
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,7 @@ def fit(
         "positives": sum(len(user.rows) for user in positives.values()),
         "quantiser": quantiser.report(vectors),
         "generator_losses": list(losses),
-        "newest_ts": max((event.ts for event in events), default=None),
+        "newest_ts": max((event.known_ts for event in events), default=None),
         "seed": seed,
         "warnings": warnings,
     }
@@ -154,7 +160,7 @@ def fit_quantiser(vectors: NDArray[np.float32], options: FitOptions, seed: int) 
 
 
 class _Positives(NamedTuple):
-    """A user's clicked items as catalogue rows, oldest first, and their times."""
+    """A user's clicked items as catalogue rows, oldest first, and when they were clicked."""
 
     rows: list[int]
     times: list[int]
@@ -163,10 +169,10 @@ class _Positives(NamedTuple):
 def _positives(events: Sequence[Event], row_of: dict[str, int]) -> dict[str, _Positives]:
     users: dict[str, _Positives] = {}
     # Ties in time keep an order that does not depend on how the events came.
-    for event in sorted((e for e in events if e.clicked), key=lambda e: (e.ts, e.user_id, e.item_id)):
+    for event in sorted((e for e in events if e.clicked), key=lambda e: (e.known_ts, e.user_id, e.item_id)):
         user = users.setdefault(event.user_id, _Positives([], []))
         user.rows.append(row_of[event.item_id])
-        user.times.append(event.ts)
+        user.times.append(event.known_ts)
     return users
 
 
@@ -279,6 +285,7 @@ def _calibration(
     clicks: list[int] = []
     later: dict[str, list[Event]] = {}
     for event in events:
+        # By when it was shown: clicks of a page that the cut goes through would come without the rest of the page.
         if event.user_id in cut and event.ts > cut[event.user_id]:
             later.setdefault(event.user_id, []).append(event)
     for user in enough:

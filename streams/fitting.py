@@ -116,10 +116,14 @@ def catalogue_of(items: Iterable[Item], artefacts: Artefacts, space: SpaceSettin
 
 
 def exposures(feedback: Iterable[Feedback]) -> list[Event]:
-    """One event an exposure, by time: a click and its impression are one, at the time of the earlier."""
-    found: dict[tuple[str, str, str | None], tuple[int, bool]] = {}
+    """One event an exposure, by time: a click and its impression are one, shown at the time of the earlier and clicked
+    at that of the (first) click."""
+    found: dict[tuple[str, str, str | None], tuple[int, int | None]] = {}
     for event in feedback:
         key = (event.user_id, event.item_id, event.request_id)
-        ts, clicked = found.get(key, (event.ts, False))
-        found[key] = (min(ts, event.ts), clicked or event.kind == "click")
-    return sorted((Event(user, item, *when) for (user, item, _), when in found.items()), key=lambda e: (e.ts, e))
+        shown, clicked = found.get(key, (event.ts, None))
+        if event.kind == "click":
+            clicked = event.ts if clicked is None else min(clicked, event.ts)
+        found[key] = (min(shown, event.ts), clicked)
+    events = (Event(u, i, shown, clicked is not None, clicked) for (u, i, _), (shown, clicked) in found.items())
+    return sorted(events, key=lambda e: (e.ts, e))

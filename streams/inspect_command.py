@@ -35,7 +35,7 @@ def user(
     try:
         view = inspector.user(user_id, until=until)
     except KeyError as error:
-        _stop(f"{error.args[0]}; most clicks have {', '.join(inspector.users[:5])}")
+        _stop(f"{error.args[0]}; most clicks have {', '.join(map(repr, inspector.users[:5]))}")
     _show(view, html)
 
 
@@ -95,6 +95,8 @@ def _open(data: Path, artefacts: Path | None, config: Path | None) -> Inspector:
         found = {
             r.item_id: ItemContent(r.item_id, r.text, r.embedding) for r in records(data / "items.jsonl", Item, cap)
         }
+        if not found:
+            raise ValueError(f"{data / 'items.jsonl'}: no valid record")
         events = exposures(records(data / "feedback.jsonl", Feedback, cap))
         encoder = None
         if fitted.space.encoder != PRECOMPUTED:
@@ -107,8 +109,9 @@ def _open(data: Path, artefacts: Path | None, config: Path | None) -> Inspector:
             Config(labels.matching, labels.kernel_tau, labels.dispersion, labels.history, labels.generation),
             settings.generator.beams,
             settings.generator.history,
+            settings.profiles.min_positives,
         )
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         _stop(str(error))
 
 
@@ -117,8 +120,11 @@ def _show(view: UserView | ItemView | SidView, target: Path | None) -> None:
 
     Console().print(text(view))
     if target is not None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(html(view), encoding="utf-8")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(html(view), encoding="utf-8")
+        except OSError as error:
+            _stop(f"--html: cannot write {target}: {error.strerror}")
         typer.echo(f"page written to {target}")
 
 

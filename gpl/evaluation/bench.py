@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache, cached_property
@@ -118,7 +119,7 @@ class Bench:
     def _stored(self, spec: AnchorSpec) -> AnchorSets:
         assert self._cache is not None
         name = hashlib.sha256(repr(sorted(asdict(spec).items())).encode()).hexdigest()[:8]
-        path = self._cache / f"{self.world.name}-{spec.generator}-{name}-{self.fingerprint}.npz"
+        path = self._cache / f"{file_name(self.world.name)}-{spec.generator}-{name}-{self.fingerprint}.npz"
         if path.is_file():
             with np.load(path) as stored:
                 return AnchorSets(
@@ -171,6 +172,13 @@ def sources(*modules: str) -> frozenset[str]:
             parts = [one.split(".") for one in named if one.split(".")[0] == root.name]
             waiting += [".".join(one[:end]) for one in parts for end in range(1, len(one) + 1)]
     return frozenset(found)
+
+
+def file_name(name: str) -> str:
+    """The name of a data set as a part of a file's: without separators, and short enough to add to. Two may become one:
+    the key in the rest of the file's name tells them apart."""
+    plain = re.sub(r"[/\x00-\x1f\x7f]", "_", name)
+    return plain.encode()[:150].decode(errors="ignore")  # of the 255 bytes that a file's name may have
 
 
 def written_atomically(path: Path, write: Callable[[Path], object]) -> None:

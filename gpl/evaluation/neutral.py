@@ -7,13 +7,16 @@
 from __future__ import annotations
 
 import bisect
+import codecs
 import csv
 import gzip
 import io
 import json
 import math
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +27,7 @@ from gpl.catalogue import ItemContent
 from gpl.evaluation.dataset import DataError, Dataset, Events, Ragged, Requests, Truth
 
 META = "dataset.json"
+_LARGEST = float(np.finfo(np.float32).max)
 _ALIASES = {"user": "user_id", "item": "item_id", "rating": "relevance", "label": "relevance"}
 
 
@@ -50,7 +54,7 @@ class _Feedback(msgspec.Struct):
     request_id: str | None = None
 
 
-class _Meta(msgspec.Struct):
+class _Meta(msgspec.Struct, forbid_unknown_fields=True):
     name: str | None = None
     unlisted: str = "unknown"
     source: str | None = None
@@ -254,8 +258,9 @@ def _events(path: Path, items: Ids, users: Ids) -> Events:
 
 def _popularity(number: int, record: _Item) -> float:
     value = (record.attributes or {}).get("popularity", float("nan"))
-    if not isinstance(value, int | float) or value < 0:
-        raise DataError(f"items.jsonl:{number}: attributes.popularity {value!r}, expected a number of at least 0")
+    if not isinstance(value, int | float) or value < 0 or value > _LARGEST:
+        wanted = "expected a number of at least 0 that fits a 32-bit float"
+        raise DataError(f"items.jsonl:{number}: attributes.popularity {value!r}, {wanted}")
     return float(value)
 
 
@@ -278,7 +283,7 @@ def _meta(path: Path) -> _Meta:
         return _Meta()
     try:
         meta = msgspec.json.decode(path.read_bytes(), type=_Meta)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path.name}: {error}") from None
     if meta.unlisted not in ("unknown", "irrelevant"):
         raise DataError(f"{path.name}: unlisted {meta.unlisted!r}, expected 'unknown' or 'irrelevant'")
@@ -292,20 +297,33 @@ def open_text(path: Path, encoding: str = "utf-8-sig") -> io.TextIOBase:
     return path.open(encoding=encoding, newline="")
 
 
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """While a file is read: what is wrong with it as a whole is a DataError. One that is missing stays what it is."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+
 def _records(path: Path, kind: type[S]) -> Iterator[tuple[int, S]]:
     decode = msgspec.json.Decoder(kind).decode
-    with path.open("rb") as handle:
+    with _readable(path), path.open("rb") as handle:
         for number, line in enumerate(handle, 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
                 try:
                     yield number, decode(line)
-                except msgspec.DecodeError as error:
+                except (msgspec.DecodeError, UnicodeDecodeError) as error:
                     raise DataError(f"{path.name}:{number}: {error}") from None
 
 
 def _table(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, Mapping[str, str]]]:
     """Rows of a CSV (with header) or JSONL file, with all of ``columns``, as text. Numbers are line numbers."""
-    with open_text(path) as handle:
+    with _readable(path), open_text(path) as handle:
         if ".jsonl" in path.suffixes:
             for number, line in enumerate(handle, 1):
                 if line.strip():
@@ -315,8 +333,13 @@ def _table(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, Mapping[
                         raise DataError(f"{path.name}:{number}: not a JSON object") from None
                     yield number, _named(path, number, found, columns)
         else:
-            for number, row in enumerate(csv.DictReader(handle), 2):
-                yield number, _named(path, number, {k: v or "" for k, v in row.items() if k}, columns)
+            rows = csv.DictReader(handle)
+            try:
+                for row in rows:
+                    number = rows.reader.line_num
+                    yield number, _named(path, number, {k: v or "" for k, v in row.items() if k}, columns)
+            except csv.Error as error:
+                raise DataError(f"{path.name}:{rows.reader.line_num}: {error}") from None
 
 
 def _named(path: Path, number: int, row: dict[str, str], columns: tuple[str, ...]) -> dict[str, str]:

@@ -19,14 +19,20 @@ _COLOURS = {
 
 
 def draw(summary: dict[str, Any], directory: Path) -> list[Path]:
-    """``bars.png``, ``popularity.png`` and ``reliability.png``; what there is nothing to draw of is left out."""
+    """``bars.png``, ``popularity.png`` and ``reliability.png``; what there is nothing to draw of is left out, and
+    removed where an earlier summary had it."""
     import matplotlib
 
     matplotlib.use("Agg")
     directory.mkdir(parents=True, exist_ok=True)
-    drawn = [_bars(summary["sets"], directory), _popularity(summary["sets"], directory)]
+    drawn = [_bars(summary["sets"], directory)]
+    having = [one for one in summary["sets"] if one["methods"].keys() & set(_CURVES)]
+    drawn += [_popularity(having, directory)] if having else []
     having = [one for one in summary["sets"] if one["methods"].get(SUBJECT, {}).get("reliability")]
-    return drawn + ([_reliability(having, directory)] if having else [])
+    drawn += [_reliability(having, directory)] if having else []
+    for stale in {directory / "popularity.png", directory / "reliability.png"} - set(drawn):
+        stale.unlink(missing_ok=True)
+    return drawn
 
 
 def _bars(sets: list[dict[str, Any]], directory: Path) -> Path:

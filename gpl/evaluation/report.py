@@ -90,12 +90,13 @@ def _lines(summary: Summary, plots: Sequence[str]) -> Iterator[str]:
 
 def _set(one: Summary) -> Iterator[str]:
     facts = one["facts"]
+    clicked = "none" if facts["click_rate"] is None else f"{facts['click_rate']:.1%}"
     yield ""
     yield f"## {one['name']}"
     yield ""
     yield (
         f"{one['description']}. World of the first seed: {facts['requests']:,} requests, {facts['impressions']:,} "
-        f"impressions ({facts['click_rate']:.1%} clicked), {facts['recalled_unexposed']:,} recalled and not exposed; "
+        f"impressions ({clicked} clicked), {facts['recalled_unexposed']:,} recalled and not exposed; "
         f"{facts['validation_users']:,} validation and {facts['test_users']:,} test users with "
         f"{facts['relevant_per_user']:.1f} relevant items each, {facts['relevant_in_tail']:.1%} of them in the tail."
     )

@@ -11,9 +11,12 @@ import hashlib
 import inspect
 import json
 import multiprocessing
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpl.evaluation.bench import Bench, code_digest, sources, written_atomically
+from gpl.evaluation.bench import Bench, code_digest, file_name, sources, written_atomically
 from gpl.evaluation.dataset import Dataset
 from gpl.evaluation.embed import embedded_world
 from gpl.evaluation.judge import Outcome
@@ -36,11 +39,11 @@ from gpl.space import SentenceEncoder
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """``datasets``: names of built-in sets, or directories. ``truth``: in place of the directory's own, if there is but
+    """``datasets``: as `open_dataset` takes them. ``truth``: in place of the directory's own, if there is but
     one set. ``cache``: where vectors, anchors and results are kept. ``tuning``: how many of the first seeds settings
     are chosen with, by the mean; one alone left more to chance than settings differ by (docs/evaluation.md)."""
 
-    datasets: tuple[str, ...]
+    datasets: tuple[str | Path, ...]
     methods: tuple[str, ...]
     cache: Path
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -82,9 +85,9 @@ Say = Callable[[str], None]
 
 def run(config: StudyConfig, say: Say) -> list[SetResult]:
     """Compute what is missing and gather all. Raises what `open_dataset` raises, ValueError for an unknown method."""
-    for name in config.methods:
-        if name not in BY_NAME:
-            raise ValueError(f"method {name!r} is unknown; there are {', '.join(BY_NAME)}")
+    for method in config.methods:
+        if method not in BY_NAME:
+            raise ValueError(f"method {method!r} is unknown; there are {', '.join(BY_NAME)}")
     if not config.seeds or not config.datasets:
         raise ValueError("a study needs at least one data set and one seed")
     if config.tuning < 1:
@@ -98,29 +101,51 @@ def run(config: StudyConfig, say: Say) -> list[SetResult]:
     first = [(name, config.seeds[0]) for name in config.datasets]
     rest = [(name, seed) for name in config.datasets for seed in config.seeds[1:]]
     for tasks in (first, rest):
-        for line in _computed(config, tasks):
-            say(line)
+        with closing(_computed(config, tasks)) as lines:
+            for line in lines:
+                say(line)
     return [_gathered(config, name) for name in config.datasets]
 
 
-def _computed(config: StudyConfig, tasks: Sequence[tuple[str, int]]) -> Iterator[str]:
+def _computed(config: StudyConfig, tasks: Sequence[tuple[str | Path, int]]) -> Generator[str]:
     if config.jobs <= 1:
         for name, seed in tasks:
             yield from _Work(config, name, seed).run()
         return
+    others = multiprocessing.active_children()
     with ProcessPoolExecutor(config.jobs, multiprocessing.get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(_lines, config, name, seed) for name, seed in tasks]):
-            yield from done.result()
+        with _interrupts_ignored():  # workers inherit it and so are deaf to Ctrl-C from their start; all start now
+            waited = [pool.submit(_lines, config, name, seed) for name, seed in tasks]
+        workers = [process for process in multiprocessing.active_children() if process not in others]
+        try:
+            for done in as_completed(waited):
+                yield from done.result()
+        except (KeyboardInterrupt, GeneratorExit):
+            for worker in workers:  # else all that was asked for would be waited for; what is written is kept
+                worker.terminate()
+            raise
 
 
-def _lines(config: StudyConfig, name: str, seed: int) -> list[str]:
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # others may not set it
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _lines(config: StudyConfig, name: str | Path, seed: int) -> list[str]:
     return list(_Work(config, name, seed).run())
 
 
 class _Work:
     """One data set under one seed; the world is built when something is missing."""
 
-    def __init__(self, config: StudyConfig, name: str, seed: int) -> None:
+    def __init__(self, config: StudyConfig, name: str | Path, seed: int) -> None:
         one_thread()
         self.config, self.name, self.seed = config, name, seed
         self.dataset = open_dataset(name, config.truth)
@@ -159,7 +184,7 @@ class _Work:
         searched = [method.name, base, method.starts, method.grid, method.settings, inspect.getsource(Method)]
         grid = json.dumps(searched, default=str)  # the order matters
         key = _digest(grid, self._common(method), str(self.config.seeds[: self.config.tuning]))
-        path = self.config.cache / "settings" / f"{self.dataset.name}-{method.name}-{key}.json"
+        path = self.config.cache / "settings" / f"{file_name(self.dataset.name)}-{method.name}-{key}.json"
         if path.is_file():
             stored: dict[str, Any] = json.loads(path.read_text())
             return stored
@@ -181,7 +206,7 @@ class _Work:
 
     def path(self, method: Method, settings: dict[str, Any]) -> Path:
         key = _digest(json.dumps(settings, sort_keys=True), self._common(method), str(self.seed))
-        return self.config.cache / "results" / f"{self.dataset.name}-{self.seed}-{method.name}-{key}.npz"
+        return self.config.cache / "results" / f"{file_name(self.dataset.name)}-{self.seed}-{method.name}-{key}.npz"
 
     def _common(self, method: Method) -> str:
         """What any figure of a method depends on. Methods are where `run` is defined: `methods` imports all of them."""
@@ -211,7 +236,7 @@ def dataset_digest(dataset: Dataset) -> str:
     return digest.hexdigest()[:16]
 
 
-def _gathered(config: StudyConfig, name: str) -> SetResult:
+def _gathered(config: StudyConfig, name: str | Path) -> SetResult:
     works = [_Work(config, name, seed) for seed in config.seeds]
     dataset = works[0].dataset
     methods: dict[str, MethodResult] = {}
@@ -238,7 +263,7 @@ def _facts(work: _Work) -> dict[str, Any]:
         "kind": world.kind,
         "requests": len(world.log),
         "impressions": len(world.log.exposed.values),
-        "click_rate": float(world.log.clicked.mean()),
+        "click_rate": float(world.log.clicked.mean()) if len(world.log.clicked) else None,
         "recalled_unexposed": len(world.log.recalled.values),
         "validation_users": len(work.bench.validation.users),
         "test_users": len(judged),
@@ -290,7 +315,7 @@ def _digest(*parts: str) -> str:
 def settings_of(config: StudyConfig) -> dict[str, Any]:
     """For the record: everything that a study was told."""
     return {
-        "datasets": list(config.datasets),
+        "datasets": [str(name) for name in config.datasets],
         "methods": list(config.methods),
         "seeds": list(config.seeds),
         "tuning": min(config.tuning, len(config.seeds)),

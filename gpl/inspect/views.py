@@ -98,6 +98,8 @@ class UserView:
     generator: str
     settings: str
     """In words: matching, factors in force, calibration."""
+    notice: str
+    """In words: why the stream would not have these anchors yet; empty where it would."""
 
 
 @dataclass(frozen=True)

@@ -49,11 +49,14 @@ class Inspector:
         config: labeller.Config | None = None,
         beams: int = 10,
         history: int = 50,
+        min_positives: int = 1,
     ) -> None:
-        """``encoder``: that of the space; None: vectors come with the items. Raises ValueError as `fit`."""
+        """``encoder``: that of the space; None: vectors come with the items. ``min_positives``: clicks below which the
+        stream makes no anchors. Raises ValueError as `fit`."""
         self._artefacts, self._items = artefacts, list(items)
         self._row_of = rows_by_id(self._items)
         self._config, self._beams, self._length = config or labeller.Config(), beams, history
+        self._least = min_positives
         artefacts.space.check_encoder(encoder)
         raw = raw_vectors(self._items, encoder, artefacts.space.dim)
         self._vectors = artefacts.space.project(raw, list(self._row_of))
@@ -61,7 +64,7 @@ class Inspector:
         self._trie = SidTrie(self._sids, artefacts.quantiser.codebook_size, self._vectors)
         self._centroids = SidCentroids(self._sids, self._vectors)
         self._positives: dict[str, list[Event]] = {}
-        for event in sorted((e for e in events if e.clicked), key=lambda e: (e.ts, e.item_id)):
+        for event in sorted((e for e in events if e.clicked), key=lambda e: (e.known_ts, e.item_id)):
             self._positives.setdefault(event.user_id, []).append(event)
 
     @property
@@ -71,7 +74,7 @@ class Inspector:
 
     def user(self, user_id: str, nearest: int = 5, top: int = 20, until: int | None = None) -> UserView:
         """A user as of event time ``until`` (None: the end). Raises KeyError for a user without positives by then."""
-        events = [e for e in self._positives.get(user_id, []) if until is None or e.ts <= until]
+        events = [e for e in self._positives.get(user_id, []) if until is None or e.known_ts <= until]
         if not events:
             by_then = "" if until is None else f" until {until}"
             raise KeyError(f"user {user_id!r}: no click in the data{by_then}")
@@ -101,7 +104,7 @@ class Inspector:
         return UserView(
             user_id=user_id,
             history=[
-                Met(e.item_id, self._items[row].text, e.ts, at >= len(rows) - len(read))
+                Met(e.item_id, self._items[row].text, e.known_ts, at >= len(rows) - len(read))
                 for at, (e, row) in enumerate(zip(known, rows, strict=True))
             ],
             unknown_items=len(events) - len(known),
@@ -113,6 +116,7 @@ class Inspector:
             map=Map(self._sample, self._points(self._vectors[read]), self._explained),
             generator=self._artefacts.generator.version,
             settings=self._settings(),
+            notice=self._notice(len(events)),
         )
 
     def item(self, item_id: str, nearest: int = 10) -> ItemView:
@@ -254,6 +258,11 @@ class Inspector:
     def _sample(self) -> list[Point]:
         step = -(-len(self._items) // _MAP_ITEMS)
         return self._points(self._vectors[::step])
+
+    def _notice(self, clicks: int) -> str:
+        if clicks >= self._least:
+            return ""
+        return f"In the stream no anchors or labels yet: {clicks} of {self._least} clicks (profiles.min_positives)."
 
     def _settings(self) -> str:
         config = self._config

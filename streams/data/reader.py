@@ -59,12 +59,15 @@ class Entry(Generic[R]):
 
 
 def lines(path: Path, max_bytes: int) -> Iterator[Line]:
-    """Lines of a file; one longer than ``max_bytes`` is passed over without being held in memory.
+    """Lines of a file; one longer than ``max_bytes`` is passed over without being held in memory. A byte order mark at
+    its start is no part of the first.
 
     Raises FileNotFoundError.
     """
     with path.open("rb") as handle:
         number, offset = 0, 0
+        if handle.peek(len(BOM)).startswith(BOM):
+            offset = len(handle.read(len(BOM)))
         while chunk := handle.readline(max_bytes + 2):
             number += 1
             size = len(chunk)

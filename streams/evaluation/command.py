@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -70,10 +71,10 @@ def evaluate(
     from gpl.evaluation.study import StudyConfig, run
     from gpl.evaluation.summary import summarise
 
-    chosen = [*(sets or []), *([str(data)] if data is not None else [])]
+    chosen: list[str | Path] = [*(sets or []), *([data] if data is not None else [])]
     config = StudyConfig(
-        datasets=tuple(chosen or BUILT_IN),
-        methods=tuple(methods.split(",")) if methods else tuple(method.name for method in METHODS),
+        datasets=tuple(chosen) or tuple(BUILT_IN),
+        methods=tuple(map(str.strip, methods.split(","))) if methods else tuple(method.name for method in METHODS),
         cache=out / "cache",
         seeds=tuple(range(seeds)),
         tuning=tuning,
@@ -84,24 +85,40 @@ def evaluate(
     if epochs is not None:
         config = replace(config, train=replace(config.train, epochs=epochs))
     console = Console()
+    _writable("--out", out / "results.json")
+    if write is not None:
+        beside = write.parent / (write.stem if write.suffix else f"{write.name}-plots")
+        _writable("--write", write, beside)
     try:
         results = run(config, lambda line: console.print(Text(line, style="dim")))
     except (FileNotFoundError, DatasetMissingError, DataError, ValueError) as error:
         raise _failed(error) from error
     summary = summarise(config, results)
     report.show(summary, console)
-    out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(summary, indent=1) + "\n")
     console.print(Text(f"\n{out / 'results.json'}"))
     for plot in plots.draw(summary, out):
         console.print(Text(str(plot)))
     if write is not None:
-        beside = write.parent / write.stem
-        names = [f"{write.stem}/{plot.name}" for plot in plots.draw(summary, beside)]
+        names = [f"{beside.name}/{plot.name}" for plot in plots.draw(summary, beside)]
         write.write_text(report.markdown(summary, names))
         console.print(Text(str(write)))
 
 
-def _failed(error: Exception) -> typer.Exit:
+def _writable(option: str, file: Path, *directories: Path) -> None:
+    """Before hours of study, not after them: raises typer.Exit where ``file`` or the directories cannot be written."""
+    at = file
+    try:
+        for at in (file.parent, *directories):
+            at.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=at).close()
+        at = file
+        if file.exists():
+            file.open("a").close()
+    except OSError as error:
+        raise _failed(f"{option}: cannot write {at}: {error.strerror}") from error
+
+
+def _failed(error: Exception | str) -> typer.Exit:
     typer.echo(f"error: {error}", err=True)
     return typer.Exit(1)

@@ -90,6 +90,15 @@ def test_deterministic_whatever_the_order_of_events(fitted: Artefacts):
     assert fit(items(), events(), None, FAST, seed=1).generator.version != fitted.generator.version
 
 
+def test_history_goes_by_clicks_and_what_comes_after_it_by_exposures():
+    """Clicks in order are i1, i2, i3, i0: anchors are of the first two, and i3, i4, i5 were shown after them."""
+    clicked = {0: 10, 1: 2, 2: 3, 3: 4}
+    shown = [Event("u", f"i{n}", n + 1, n in clicked, clicked.get(n)) for n in range(6)]
+    report = fit(items(), shown, None, FitOptions(generator="history")).report
+    assert report["warnings"] == ["3 exposures after their user's anchors, 1 of the rarer kind: no calibration"]
+    assert report["newest_ts"] == 10
+
+
 def test_too_little_data_falls_back_and_says_so():
     made = fit(items(), events(users=3), None, FAST, seed=0)
     assert made.generator.version.startswith("history-")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -16,7 +17,7 @@ from gpl.catalogue import ItemContent
 from gpl.codes import SidCentroids
 from gpl.codes.trie import SidTrie
 from gpl.fit import Event, FitOptions, fit
-from gpl.inspect import Inspector, html, text
+from gpl.inspect import Inspector, ItemView, UserView, html, text
 from gpl.labels import labeller
 from gpl.labels.confidence import dispersion_factor
 
@@ -158,6 +159,36 @@ def test_pages_stand_alone_and_the_terminal_shows_the_same(inspector: Inspector,
         for anchor in view.anchors:
             assert "-".join(map(str, anchor.sid)) in shown
             assert "-".join(map(str, anchor.sid)) in page
+
+
+def test_texts_give_the_terminal_no_orders(artefacts: Artefacts):
+    loud = [replace(item, text=f"\x1b[31m\x9b2J\x07red {item.item_id}") for item in items()]
+    loud[7] = replace(loud[7], item_id="i7\x1b[0m")
+    clicks = [e._replace(user_id=f"{e.user_id}\x1b[1m") for e in events()]
+    seen = Inspector(artefacts, loud, clicks, None, beams=4)
+    sid = seen.item("i5").sid
+    for view in (seen.user("u3\x1b[1m"), seen.item("i7\x1b[0m"), seen.sid(sid), seen.sid(sid[:1])):
+        said = io.StringIO()
+        Console(width=200, file=said).print(text(view))
+        assert "[31m" in said.getvalue() and not set("\x1b\x9b\x07") & set(said.getvalue())
+
+
+def test_what_is_counted_and_what_the_stream_would_not_have_is_said(artefacts: Artefacts):
+    seen = Inspector(artefacts, items(), events(), None, beams=4, min_positives=3)
+
+    def shown(view: UserView | ItemView) -> str:
+        console = Console(width=200, record=True, file=io.StringIO())
+        console.print(text(view))
+        return console.export_text()
+
+    times = sorted(e.known_ts for e in events() if e.user_id == "u3" and e.clicked)
+    view = seen.user("u3", until=times[1])
+    for said in (shown(view), html(view)):
+        assert said.index("no anchors or labels yet: 2 of 3 clicks (profiles.min_positives)") < said.index(
+            "nearest not"
+        )
+    assert "min_positives" not in shown(seen.user("u3", until=times[2]))
+    assert re.search(r"labels for (\d+) users who .*, \1 users\n", shown(seen.item("i7")))
 
 
 @pytest.mark.parametrize(("count", "dim"), [(1, 8), (5, 1), (2, 8)])

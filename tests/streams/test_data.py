@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import typer
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from streams.contracts import Feedback, Item, Recall, encode
-from streams.data.reader import entries, lines, records
+from streams.data.reader import BOM, entries, lines, records
 from streams.data.validate import Problem, validate
 from streams.data_command import validate as command
 
@@ -153,6 +153,19 @@ def test_a_record_over_the_cap_is_an_error_and_the_rest_is_read(write):
     assert [item.item_id for item in records(directory / "items.jsonl", Item, 1024)] == ["a", "b"]
 
 
+def test_a_byte_order_mark_at_the_start_is_passed_over(write):
+    first, second = line(ITEMS[0]), line(ITEMS[1])
+    directory = write(items=[BOM + first, second])
+    assert validate(directory) == []
+    path = directory / "items.jsonl"
+    assert [path.read_bytes()[at.offset :][: at.size] for at in lines(path, len(first))] == [
+        first + b"\n",
+        second + b"\n",
+    ]
+    path.write_bytes(BOM)
+    assert list(lines(path, 2**20)) == []
+
+
 def test_missing_and_empty_files_are_errors(write):
     directory = write(recalls=[])
     (directory / "items.jsonl").unlink()
@@ -168,6 +181,7 @@ def test_missing_and_empty_files_are_errors(write):
 def test_lines_tell_where_they_are_whatever_they_hold(tmp_path_factory, contents, ends_with_newline):
     path = tmp_path_factory.mktemp("lines") / "file.jsonl"
     data = b"\n".join(contents) + (b"\n" if ends_with_newline and contents else b"")
+    assume(not data.startswith(BOM))
     path.write_bytes(data)
     cap = 16
     found = list(lines(path, cap))

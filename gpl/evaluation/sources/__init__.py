@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gpl.evaluation import neutral
-from gpl.evaluation.dataset import Dataset
+from gpl.evaluation.dataset import DataError, Dataset
 from gpl.evaluation.sources import amazon, coat, jester, kuairec, mind, movielens, retail
 
 CONVERTERS: dict[str, Callable[[Path], Dataset]] = {
@@ -27,12 +27,16 @@ BUILT_IN: dict[str, Callable[[], Dataset]] = {
 """Sets that need no files: they come with an installed package. Raises movielens.DatasetMissingError."""
 
 
-def open_dataset(name: str, truth: Path | None = None) -> Dataset:
-    """A built-in set by its name, or a directory in the neutral format.
+def open_dataset(name: str | Path, truth: Path | None = None) -> Dataset:
+    """A built-in set by its name, or a directory in the neutral format; a Path is always a directory.
 
     Raises FileNotFoundError, DataError, movielens.DatasetMissingError.
     """
+    if isinstance(name, Path):
+        return neutral.load(name, truth)
     if name in BUILT_IN:
+        if truth is not None:
+            raise DataError(f"{name}: a built-in set has its own truth, {truth} cannot take its place")
         return BUILT_IN[name]()
     if not Path(name).is_dir():
         raise FileNotFoundError(f"{name}: neither a directory nor a built-in set ({', '.join(BUILT_IN)})")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import json
 from pathlib import Path
 
@@ -15,9 +17,10 @@ from gpl.evaluation.dataset import DataError, Dataset, Ragged, Truth
 ITEMS = [{"item_id": "i1", "text": "stapler"}, {"item_id": "i2", "text": "staples"}, {"item_id": "i3", "text": "pen"}]
 
 
-def write(directory: Path, name: str, rows: list[dict[str, object]] | str) -> None:
-    text = rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows)
-    (directory / name).write_text(text)
+def write(directory: Path, name: str, rows: list[dict[str, object]] | str | bytes) -> None:
+    if not isinstance(rows, str | bytes):
+        rows = "".join(json.dumps(row) + "\n" for row in rows)
+    (directory / name).write_bytes(rows.encode() if isinstance(rows, str) else rows)
 
 
 def event(number: int, item: str, ts: int, kind: str = "impression", **more: object) -> dict[str, object]:
@@ -85,6 +88,14 @@ def test_truth_file_takes_the_place_of_the_directorys_own(log: Path) -> None:
             r"its request has another user",
         ),
         ("dataset.json", '{"unlisted": "maybe"}', r"unlisted 'maybe'"),
+        ("dataset.json", '{"unlised": "irrelevant"}', r"dataset.json: .*unlised"),
+        ("dataset.json", b'{"name": "caf\xe9"}', r"dataset.json: .*byte 0xe9"),
+        ("items.jsonl", b'{"item_id": "i1"}\n{"item_id": "caf\xe9"}\n', r"items.jsonl:2: .*byte 0xe9"),
+        ("items.jsonl", [{"item_id": "i1", "attributes": {"popularity": 1e39}}], r"items.jsonl:1: .*popularity 1e\+39"),
+        ("items.jsonl", [{"item_id": "i1", "attributes": {"popularity": 10**400}}], r"items.jsonl:1: .*popularity"),
+        ("truth.csv", "user,item,relevance\nu1,i3,1\n\nu1," + "i" * 140_000, r"truth.csv:4: field larger than"),
+        ("truth.csv", b"user,item,relevance\ncaf\xe9,i3,1\n", r"truth.csv: .*byte 0xe9"),
+        ("truth.csv", "user,item,relevance\n\nu1,i3,yes\n", r"truth.csv:3: relevance 'yes'"),
         ("events.csv", "user_id,item_id,order\nu1,i1,first\n", r"events.csv:2: order 'first', expected a number"),
     ],
 )
@@ -92,6 +103,32 @@ def test_errors_name_file_line_and_value(log: Path, name: str, content: object, 
     write(log, name, content)  # type: ignore[arg-type]
     with pytest.raises(DataError, match=message):
         neutral.load(log)
+
+
+PACKED = gzip.compress(b"user_id,item_id,order\n" + b"u1,i1,1\n" * 50, mtime=0)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"user_id,item_id,order\n", "Not a gzipped file"),
+        (PACKED[:-9], "ended before"),
+        (PACKED[:20] + b"\xff" * 9 + PACKED[29:], "Error -3"),
+    ],
+)
+def test_what_is_not_whole_gzip_is_named(log: Path, content: bytes, message: str) -> None:
+    (log / "events.csv.gz").write_bytes(content)
+    with pytest.raises(DataError, match=rf"events.csv.gz: .*{message}"):
+        neutral.load(log)
+
+
+def test_a_directory_is_no_truth_and_a_byte_order_mark_is_no_part_of_a_file(log: Path) -> None:
+    with pytest.raises(DataError, match=f"{log}: Is a directory"):
+        neutral.load(log, log)
+    before = neutral.load(log)
+    for name in ("items.jsonl", "recalls.jsonl", "feedback.jsonl", "truth.csv"):
+        (log / name).write_bytes(codecs.BOM_UTF8 + (log / name).read_bytes())
+    same(neutral.load(log), before)
 
 
 def test_nothing_to_judge_on_is_an_error(log: Path) -> None:

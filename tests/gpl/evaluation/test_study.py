@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import Future, as_completed
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +17,7 @@ from typer.testing import CliRunner
 
 from gpl.evaluation import neutral, report, study
 from gpl.evaluation.methods import BY_NAME, Method
+from gpl.evaluation.sources import open_dataset
 from gpl.evaluation.study import StudyConfig, run
 from gpl.evaluation.summary import summarise
 from gpl.evaluation.training import TrainConfig
@@ -178,3 +184,118 @@ def test_convert_and_its_errors(tmp_path: Path) -> None:
     assert runner.invoke(app, ["datasets", "convert", "nothing", str(tmp_path), "x"]).exit_code == 2
     missing = runner.invoke(app, ["evaluate", str(tmp_path / "none"), "--out", str(tmp_path / "runs")])
     assert missing.exit_code == 1 and "neither a directory nor a built-in set" in missing.output
+
+
+def test_data_is_always_a_directory_and_a_built_in_set_takes_no_truth(
+    config: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(config.datasets[0]).rename("ml-100k-time")
+    assert open_dataset(Path("ml-100k-time")).name == "planted"
+    arguments = ["evaluate", "--seeds", "1", "--methods", " popularity, ease ", "--out", "out"]
+    done = CliRunner().invoke(app, [*arguments, "--data", "ml-100k-time"])
+    assert done.exit_code == 0 and "planted (full)" in done.output
+    assert json.loads(Path("out/results.json").read_text())["settings"]["datasets"] == ["ml-100k-time"]
+    refused = CliRunner().invoke(app, [*arguments, "ml-100k-time", "--truth", "nope.csv"])
+    assert refused.exit_code == 1 and "ml-100k-time: a built-in set has its own truth, nope.csv" in refused.output
+    missing = CliRunner().invoke(app, [*arguments, "--data", "ml-100k-completed"])
+    assert missing.exit_code == 1 and "ml-100k-completed: no such directory" in missing.output
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_log_without_impressions_and_plots_without_a_curve(config: StudyConfig, tmp_path: Path) -> None:
+    """Users have a past and recalls, but nothing was shown."""
+    data, out, rng = tmp_path / "log", tmp_path / "out", np.random.default_rng(0)
+    data.mkdir()
+    items = [{"item_id": f"i{n}", "embedding": rng.normal(size=4).tolist()} for n in range(20)]
+    recalls = [
+        {"request_id": f"r{u}", "user_id": f"u{u}", "ts": u, "candidates": [f"i{n}" for n in range(8)]}
+        for u in range(24)
+    ]
+    for name, rows in (("items", items), ("recalls", recalls), ("feedback", [])):
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = [(f"u{u}", f"i{n}", n % 2) for u in range(24) for n in rng.choice(20, 6, replace=False).tolist()]
+    (data / "truth.csv").write_text("user,item,relevance\n" + "".join(f"{u},{i},{r}\n" for u, i, r in pairs))
+    (data / "events.csv").write_text("user,item,order\n" + "".join(f"u{u},i{u % 20},{u}\n" for u in range(24)))
+
+    def study(methods: str) -> dict[str, object]:
+        arguments = ["evaluate", "--data", str(data), "--methods", methods, "--seeds", "1", "--out", str(out)]
+        done = CliRunner().invoke(app, [*arguments, "--write", str(out / "page.md")])
+        assert done.exit_code == 0, done.output
+        (one,) = json.loads((out / "results.json").read_text(), parse_constant=pytest.fail)["sets"]
+        return dict(one["facts"])
+
+    assert study("popularity,ease")["click_rate"] is None
+    assert "0 impressions (none clicked)" in (out / "page.md").read_text()
+    assert (out / "popularity.png").is_file()
+    study("ease")
+    assert not (out / "popularity.png").exists() and (out / "bars.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("option", "target", "named"),
+    [
+        ("--out", "taken", "taken"),
+        ("--out", "taken/below", "taken/below"),
+        ("--out", "folder", "folder/results.json"),
+        ("--write", "folder", "folder"),
+        ("--write", "taken/below.md", "taken"),
+        ("--write", "taken.md", "taken"),  # where its plots would be
+    ],
+)
+def test_what_cannot_be_written_is_said_before_the_study(
+    config: StudyConfig, tmp_path: Path, option: str, target: str, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "run", lambda *_: pytest.fail("the study began"))
+    (tmp_path / "taken").write_text("")
+    (tmp_path / "folder" / "results.json").mkdir(parents=True)
+    arguments = ["evaluate", str(config.datasets[0]), "--out", str(tmp_path / "out"), option, str(tmp_path / target)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1 and isinstance(done.exception, SystemExit)
+    assert done.output.startswith(f"error: {option}: cannot write {tmp_path / named}: ")
+
+
+def test_a_page_without_a_suffix_leaves_its_name_to_itself(config: StudyConfig, tmp_path: Path) -> None:
+    arguments = ["evaluate", str(config.datasets[0]), "--methods", "popularity", "--seeds", "1"]
+    done = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out"), "--write", str(tmp_path / "page")])
+    assert done.exit_code == 0, done.output
+    assert "(page-plots/bars.png)" in (tmp_path / "page").read_text()
+    assert (tmp_path / "page-plots" / "bars.png").is_file()
+
+
+@pytest.mark.parametrize(("name", "file"), [("../../es\0c", ".._.._es_c"), ("ü" * 200, "ü" * 75), ("my set.v2", None)])
+def test_any_name_of_a_set_has_its_files_in_the_cache(config: StudyConfig, name: str, file: str | None) -> None:
+    (Path(config.datasets[0]) / "dataset.json").write_text(json.dumps({"name": name, "unlisted": "irrelevant"}))
+    config = replace(config, methods=("anchor-history", "ease"), seeds=(0,))
+    (found,) = run(config, lambda _: None)
+    assert found.name == name
+    kept = [path for path in config.cache.parent.rglob("*") if path.suffix in (".npz", ".json") and "ease" in path.name]
+    assert sorted(path.parent.name for path in kept) == ["results", "settings"]
+    assert all(path.name.startswith(f"{file or name}-") for path in [*kept, *(config.cache / "anchors").iterdir()])
+
+
+def test_an_interrupt_ends_the_workers_without_a_word(
+    config: StudyConfig, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C reaches all processes of the terminal, workers that start and those that compute."""
+
+    def interrupt() -> None:
+        workers = multiprocessing.active_children()
+        assert len(workers) == 2
+        for worker in workers:
+            os.kill(worker.pid or 0, signal.SIGINT)
+
+    def waited(futures: list[Future[list[str]]]) -> Iterator[Future[list[str]]]:
+        interrupt()
+        return as_completed(futures)
+
+    monkeypatch.setattr(study, "as_completed", waited)
+    tasks = [(config.datasets[0], seed) for seed in range(30)]
+    lines = study._computed(replace(config, methods=("popularity",), jobs=2), tasks)
+    assert "HR@10" in next(lines)
+    interrupt()
+    with pytest.raises(KeyboardInterrupt):
+        lines.throw(KeyboardInterrupt)
+    assert not multiprocessing.active_children()
+    assert "Traceback" not in capfd.readouterr().err
+    assert len(list((config.cache / "results").iterdir())) < len(tasks)
