@@ -422,6 +422,7 @@ def test_a_version_that_is_removed_before_it_is_announced_is_not(
         pin(version)
         store.remove(version)
 
+    store.storage.put("pin.json", b"{")  # what cannot be read stands in no command's way
     monkeypatch.setattr(store, "pin", late)
     monkeypatch.setattr(versions, "producer", lambda _: SimpleNamespace(close=lambda: None))
     monkeypatch.setattr(versions, "announce", lambda kafka, producer, update: sent.append(update))
