@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
@@ -31,7 +32,8 @@ def validate(
     """Check a data directory: file, line, field and reason of each bad record. Exit status 1 when there are errors."""
     settings = load(config)
     window = settings.labels.window_seconds if window is None else window
-    found = problems(directory, settings.kafka.max_record_bytes, window)
+    until = int((time.time() + settings.labels.max_ahead_seconds) * 1000)
+    found = problems(directory, settings.kafka.max_record_bytes, window, until)
     errors = 0
     if as_json:
         for problem in found:

@@ -1,7 +1,7 @@
-"""Directories that are whole or absent: written aside, fsynced, renamed.
+"""Directories and files that are whole or absent: written aside, fsynced, renamed.
 
 A reader, also one that comes after a kill or a power cut, sees the old state or the new one, never a part of it.
-One writer per parent directory is assumed.
+One writer per parent directory is assumed; single files may have several.
 """
 
 from __future__ import annotations
@@ -9,8 +9,11 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 _ASIDE = ".aside-"
 _REPLACED = ".aside-replaced-"
@@ -53,11 +56,33 @@ def write_directory(target: Path, files: Mapping[str, bytes]) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+@contextmanager
+def replacing(target: Path) -> Iterator[BinaryIO]:
+    """A new file to write, which takes the place of ``target`` at the end; after an error ``target`` is as it was.
+
+    Its name aside is no other writer's, so of several the last has its say, and none a part of another's.
+    """
+    aside = target.with_name(f"{_ASIDE}{uuid.uuid4().hex}-{target.name}")
+    try:
+        with aside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(target)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync_directory(target.parent)
+
+
 def clear_aside(parent: Path) -> None:
     """Remove what a killed writer left half-written under ``parent``, and put back what it was about to replace."""
     for path in parent.glob(f"{_REPLACED}*"):
         target = path.with_name(path.name.removeprefix(_REPLACED))
         if not target.exists():
             path.rename(target)
-    for path in parent.glob(f"{_ASIDE}*"):
-        shutil.rmtree(path, ignore_errors=True)
+    for path in (*parent.glob(f"{_ASIDE}*"), *parent.glob(f"*/{_ASIDE}*")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

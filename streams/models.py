@@ -33,7 +33,11 @@ _REFUSALS_KEPT = 100
 
 
 class ModelError(ValueError):
-    """A published model that is damaged, incomplete, missing or of another kind; the message says how."""
+    """A published model that is damaged, incomplete, missing or of another kind, or such a pin; the message says it."""
+
+
+class UnreadableError(ModelError):
+    """A file that storage does not give, for another reason than that it is not there: it may come back."""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -179,8 +183,10 @@ class ModelStore:
             return msgspec.json.decode(self.storage.read(_PIN), type=Pin)
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise UnreadableError(f"{_PIN}: {error}") from error
         except ValueError as error:
-            raise ModelError(f"{_PIN}: {error}") from error
+            raise ModelError(f"{_PIN}: {error}; `gpl models pin` and `unpin` put that right") from error
 
     def pin(self, version: str) -> None:
         self.storage.put(_PIN, msgspec.json.encode(Pin(version, int(time.time() * 1000))))
@@ -249,7 +255,9 @@ def _bytes(storage: Storage, version: str, name: str) -> bytes:
     try:
         return storage.read(f"{version}/{name}")
     except OSError as error:
-        raise ModelError(f"{storage.uri(version)}/{name}: {error.strerror or 'not found'}") from error
+        missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        kind = ModelError if missing else UnreadableError
+        raise kind(f"{storage.uri(version)}/{name}: {error.strerror or 'not found'}") from error
 
 
 def _manifest(document: bytes) -> Manifest:

@@ -13,7 +13,8 @@ Inputs, with dynamic axes ``n`` (candidates), ``h`` (history) and ``k`` (anchors
 
 Output ``score`` float [n]: the logits that ``PreRanker.score`` gives, to 1e-5. The ids table is JSON,
 ``{"model": ..., "users": [...], "items": [...]}``, the first id of each list has row 1. What the graph was made from
-stands in its metadata. The formulas are those of ``gpl.preranker.model`` and ``gpl.labels.matching``.
+stands in its metadata; the ``version`` there is the table's ``model``, or the two are not of one export. The formulas
+are those of ``gpl.preranker.model`` and ``gpl.labels.matching``.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 from gpl.labels import labeller
 from gpl.labels.labeller import PreparedAnchors
 from gpl.preranker.model import PreRanker
+from streams.durable import replacing
 from streams.models import ModelError, Published
 
 OPSET = 18
@@ -46,14 +48,16 @@ def export(published: Published, matching: labeller.Config, target: Path) -> Pat
     graph: bytes = _graph(published, matching).SerializeToString()
     _check(published, matching, graph)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(graph)
     ids = target.with_suffix(".ids.json")
     document = {
         "model": published.manifest.version,
         "users": published.ids.users,
         "items": published.ids.items,
     }
-    ids.write_bytes(msgspec.json.encode(document))
+    # Both are whole before either takes its place, the table first: only a kill in between leaves two of two exports.
+    with replacing(target) as graph_file, replacing(ids) as ids_file:
+        graph_file.write(graph)
+        ids_file.write(msgspec.json.encode(document))
     return ids
 
 

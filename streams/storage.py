@@ -2,15 +2,14 @@
 
 A named directory is whole or absent. Locally it is written aside, fsynced and renamed. An object store has no
 rename, so the file that names and checks the others (the manifest) is written last and removed first: without it
-the directory counts as absent. One writer per location; readers may be many. A local directory can be held by its
-writer; in an object store one writer is assumed.
+the directory counts as absent. One writer per location, but that single files may be put by others; readers may be
+many. A local directory can be held by its writer; in an object store one writer is assumed.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,7 +22,7 @@ import fsspec
 import structlog
 from pydantic import BeforeValidator
 
-from streams.durable import clear_aside, sync_directory, write_directory
+from streams.durable import clear_aside, replacing, write_directory
 
 log = structlog.get_logger()
 
@@ -61,7 +60,7 @@ class Storage(Protocol):
         ...
 
     def put(self, name: str, data: bytes) -> None:
-        """Write or replace one file, durably: readers see the old or the new one."""
+        """Write or replace one file, durably: readers see the old or the new one, also of several writers' at once."""
         ...
 
     def names(self, below: str = "") -> list[str]:
@@ -134,13 +133,8 @@ class LocalStorage:
     def put(self, name: str, data: bytes) -> None:
         target = self._root / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.with_name(f".{target.name}.aside")
-        with aside.open("wb") as file:
+        with replacing(target) as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(target)
-        sync_directory(target.parent)
 
     def names(self, below: str = "") -> list[str]:
         directory = self._root / below

@@ -64,16 +64,21 @@ class _Known:
     events: dict[str, int] = field(default_factory=dict)
 
 
-def validate(directory: Path, max_bytes: int = 8 * 2**20, window_seconds: float | None = None) -> list[Problem]:
+def validate(
+    directory: Path, max_bytes: int = 8 * 2**20, window_seconds: float | None = None, until: int | None = None
+) -> list[Problem]:
     """All problems of a data directory, in file and line order. Use ``problems`` to have them one by one."""
-    return list(problems(directory, max_bytes, window_seconds))
+    return list(problems(directory, max_bytes, window_seconds, until))
 
 
-def problems(directory: Path, max_bytes: int = 8 * 2**20, window_seconds: float | None = None) -> Iterator[Problem]:
+def problems(
+    directory: Path, max_bytes: int = 8 * 2**20, window_seconds: float | None = None, until: int | None = None
+) -> Iterator[Problem]:
     """Check the three files, the items first.
 
     ``max_bytes``: cap on one record (``kafka.max_record_bytes``). ``window_seconds``: when given, feedback that comes
-    later than this after its recall is counted as a warning, since it would not enter a label.
+    later than this after its recall is counted as a warning, since it would not enter a label. ``until``: when given,
+    recalls and feedback of later times (milliseconds) are errors.
     """
     if not directory.is_dir():
         yield Problem(str(directory), 0, "", "no such directory")
@@ -85,9 +90,9 @@ def problems(directory: Path, max_bytes: int = 8 * 2**20, window_seconds: float 
     if "items.jsonl" not in missing:
         yield from _items(directory / "items.jsonl", max_bytes, known)
     if "recalls.jsonl" not in missing:
-        yield from _recalls(directory / "recalls.jsonl", max_bytes, known)
+        yield from _recalls(directory / "recalls.jsonl", max_bytes, known, until)
     if "feedback.jsonl" not in missing:
-        yield from _feedback(directory / "feedback.jsonl", max_bytes, known, window_seconds)
+        yield from _feedback(directory / "feedback.jsonl", max_bytes, known, window_seconds, until)
 
 
 def _parsed(path: Path, kind: type[R], max_bytes: int) -> Iterator[Entry[R] | Problem]:
@@ -149,7 +154,7 @@ def content_problem(item: Item, dim: int | None, first: tuple[int, int | None]) 
     return None if np.any(vector) else ("embedding", "all values are 0: it has no direction")
 
 
-def _recalls(path: Path, max_bytes: int, known: _Known) -> Iterator[Problem]:
+def _recalls(path: Path, max_bytes: int, known: _Known, until: int | None) -> Iterator[Problem]:
     unknown = _Tally(path.name, "candidates", "candidates are not in items.jsonl (they will not be labelled)")
     repeated = _Tally(path.name, "candidates", "candidates stand twice or more in their recall (they count once)")
     for entry in _parsed(path, Recall, max_bytes):
@@ -163,6 +168,8 @@ def _recalls(path: Path, max_bytes: int, known: _Known) -> Iterator[Problem]:
             yield _duplicate(path, number, "request_id", recall.request_id, known.requests[recall.request_id][0])
             continue
         known.requests[recall.request_id] = (number, recall.user_id, recall.ts)
+        if until is not None and recall.ts > until:
+            yield _ahead(path, number, recall.ts)
         distinct = Counter(recall.candidates)
         strangers = [item for item in distinct if item not in known.items]
         if strangers:
@@ -174,7 +181,9 @@ def _recalls(path: Path, max_bytes: int, known: _Known) -> Iterator[Problem]:
     yield from repeated.problem()
 
 
-def _feedback(path: Path, max_bytes: int, known: _Known, window_seconds: float | None) -> Iterator[Problem]:
+def _feedback(
+    path: Path, max_bytes: int, known: _Known, window_seconds: float | None, until: int | None
+) -> Iterator[Problem]:
     orphans = _Tally(path.name, "request_id", "events name a request that is not in recalls.jsonl (they join nothing)")
     unknown = _Tally(path.name, "item_id", "events name an item that is not in items.jsonl (it gets no score)")
     early = _Tally(path.name, "ts", "events are older than their recall (they do not count)")
@@ -190,6 +199,8 @@ def _feedback(path: Path, max_bytes: int, known: _Known, window_seconds: float |
             yield _duplicate(path, number, "event_id", event.event_id, known.events[event.event_id])
             continue
         known.events[event.event_id] = number
+        if until is not None and event.ts > until:
+            yield _ahead(path, number, event.ts)
         if event.item_id not in known.items:
             unknown.add(number, event.item_id)
         if event.request_id is None:
@@ -208,6 +219,10 @@ def _feedback(path: Path, max_bytes: int, known: _Known, window_seconds: float |
             late.add(number, event.event_id)
     for tally in (orphans, unknown, early, late):
         yield from tally.problem()
+
+
+def _ahead(path: Path, number: int, ts: int) -> Problem:
+    return Problem(path.name, number, "ts", f"{ts}: in the future by this machine's clock")
 
 
 def _duplicate(path: Path, number: int, name: str, value: str, first: int) -> Problem:

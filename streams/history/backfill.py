@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +24,7 @@ from streams.fitting import catalogue_of, usable
 from streams.frame import Frame
 from streams.history.partition import ANCHORS, LABELS, PROFILES, Done, Task, file_of, label_partition, save_catalogue
 from streams.kafka import check_size, producer
+from streams.parent import end_with_parent
 from streams.settings import KafkaSettings, Settings
 from streams.storage import open_storage
 from streams.topics import full_name
@@ -67,10 +69,11 @@ class Outcome:
 def backfill(data: Path, out: Path, settings: Settings, processes: int, ray: bool, say: Say) -> Outcome:
     """Label all of a data directory, then train the first checkpoint on its labels, in the order of their closing.
 
-    ``out``: a new directory for labels, anchors and profiles, a file a partition; or that of a backfill of the same
-    data that was killed or failed, which begins anew. Nothing of the outcome depends on ``processes``. Raises
-    BackfillError where there is already a checkpoint or ``out`` is another's, FileNotFoundError for missing files,
-    ImportError without ray where it is asked for, ValueError for items that cannot be encoded.
+    ``out``: a new or empty directory for labels, anchors and profiles, a file a partition; or that of a backfill of the
+    same data that was killed or failed, which begins anew. Nothing of the outcome depends on ``processes``. Events
+    further ahead of the clock than the stream takes are passed over. Raises BackfillError where there is already a
+    checkpoint or ``out`` is another's, FileNotFoundError for missing files, ImportError without ray where it is asked
+    for, ValueError for items that cannot be encoded.
     """
     for name in ("items.jsonl", "recalls.jsonl", "feedback.jsonl"):
         if not (data / name).is_file():
@@ -81,8 +84,10 @@ def backfill(data: Path, out: Path, settings: Settings, processes: int, ray: boo
     newest = store.load_newest()
     if newest is not None and (begun is None or begun.checkpoint != sha256_hex(newest.state)):
         raise BackfillError(f"trainer.checkpoints: {own.checkpoints} has checkpoints; a backfill makes the first one")
-    if out.exists() and (begun is None or (begun.data, begun.partitions) != (ours.data, ours.partitions)):
-        raise BackfillError(f"{out} exists; a backfill writes to a new directory")
+    storage = open_storage(out)
+    there = out.is_file() or bool(storage.names())  # killed at its first write, it leaves nothing but the directory
+    if there and (begun is None or (begun.data, begun.partitions) != (ours.data, ours.partitions)):
+        raise BackfillError(f"{out} exists; a backfill writes to a new or an empty directory")
     artefacts = Artefacts.load(settings.artefacts)
     items = list(usable(records(data / "items.jsonl", Item, settings.kafka.max_record_bytes), say))
     if not items:
@@ -92,12 +97,17 @@ def backfill(data: Path, out: Path, settings: Settings, processes: int, ray: boo
         say(f"{out} was not finished, it is made anew")
     if newest is not None:  # of the killed one
         store.discard_after(newest.step - 1)
-    storage = open_storage(out)
+    storage.recover()
     storage.put(_BEGUN, msgspec.json.encode(ours))
     path = (out / "catalogue.npz").resolve()
     save_catalogue(catalogue, path)
-    tasks = [Task(data.resolve(), path, out.resolve(), p, settings) for p in range(settings.kafka.partitions)]
+    # One moment for all: which events count must not depend on when a worker comes to them.
+    max_ahead = settings.labels.max_ahead_seconds
+    until = int((time.time() + max_ahead) * 1000)
+    tasks = [Task(data.resolve(), path, out.resolve(), p, until, settings) for p in range(settings.kafka.partitions)]
     done = _on_ray(tasks) if ray else _on_this_machine(tasks, processes)
+    if ahead := sum(d.ahead for d in done):
+        say(f"{ahead:,} events passed over, over {max_ahead:g} s ahead of the clock (gpl validate names them)")
     refreshes: Counter[str] = sum((d.refreshes for d in done), Counter())
     say(f"{sum(d.labels for d in done):,} requests labelled, anchors of {sum(d.users for d in done):,} users")
     trainer = _train(out, settings, artefacts, catalogue)
@@ -112,9 +122,17 @@ def backfill(data: Path, out: Path, settings: Settings, processes: int, ray: boo
 
 
 def is_complete(data: Path, out: Path, settings: Settings) -> bool:
-    """Whether ``out`` is what a backfill of this data directory, on as many partitions, has made to its end."""
+    """Whether ``out`` is what a backfill of this data directory, on as many partitions, has made to its end.
+
+    Says nothing of checkpoints: see ``has_checkpoints``.
+    """
     marker = out / _COMPLETE
     return marker.is_file() and marker.read_bytes() == _marker(data, settings)
+
+
+def has_checkpoints(settings: Settings) -> bool:
+    """Whether a trainer under these settings would go on from a checkpoint, in whatever state."""
+    return bool(CheckpointStore(settings.trainer.checkpoints, keep=1).steps())
 
 
 def _begun(out: Path) -> _Begun | None:
@@ -184,7 +202,8 @@ def _train(out: Path, settings: Settings, artefacts: Artefacts, catalogue: Catal
 def _on_this_machine(tasks: Sequence[Task], processes: int) -> list[Done]:
     if processes == 1:
         return [label_partition(task) for task in tasks]
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+    # Killed, it must not leave workers behind: they would go on with the tasks that are in the queue.
+    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=end_with_parent) as pool:
         return list(pool.map(label_partition, tasks))
 
 

@@ -38,8 +38,9 @@ def backfill(
 
     settings = load(config)
     try:
-        if publish and work.is_complete(data, out, settings):
-            typer.echo(f"{out} is complete, it is only published")
+        # Without a checkpoint it is that of other settings (a refit), and nothing was made under these.
+        if work.is_complete(data, out, settings) and (publish or work.has_checkpoints(settings)):
+            typer.echo(f"{out} is complete, " + ("it is only published" if publish else "nothing is left to do"))
         else:
             with open_storage(settings.trainer.checkpoints).held():  # a trainer that starts meanwhile begins without it
                 _tell(work.backfill(data, out, settings, processes, ray, typer.echo))

@@ -19,6 +19,7 @@ from gpl.artefacts import Artefacts
 from gpl.catalogue import Catalogue
 from streams.contracts import Feedback, Recall, UserAnchors, encode
 from streams.data.reader import records
+from streams.durable import replacing
 from streams.history.pipeline import Event, Pipeline, in_event_time
 from streams.settings import Settings
 
@@ -27,22 +28,25 @@ LABELS, ANCHORS, PROFILES = "labels", "anchors", "profiles"
 
 @dataclass(frozen=True)
 class Task:
-    """What one worker needs; paths are of a file system that all workers see."""
+    """What one worker needs; paths are of a file system that all workers see. ``until``: events of later times are
+    passed over."""
 
     data: Path
     catalogue: Path
     out: Path
     partition: int
+    until: int
     settings: Settings
 
 
 @dataclass
 class Done:
-    """What came of a partition. ``refreshes``: anchor requests by reason."""
+    """What came of a partition. ``refreshes``: anchor requests by reason; ``ahead``: events passed over."""
 
     partition: int
     labels: int = 0
     users: int = 0
+    ahead: int = 0
     refreshes: Counter[str] = field(default_factory=Counter)
 
 
@@ -82,23 +86,23 @@ def label_partition(task: Task) -> Done:
     settings = task.settings
     pipeline = Pipeline(settings, Artefacts.load(settings.artefacts), load_catalogue(task.catalogue), task.partition)
     done, newest = Done(task.partition), dict[str, UserAnchors]()
-    with file_of(task.out, LABELS, task.partition).open("wb") as labels:
-        for label in pipeline.run(in_event_time(_events(task))):
+    with replacing(file_of(task.out, LABELS, task.partition)) as labels:
+        for label in pipeline.run(in_event_time(_events(task, done))):
             labels.write(encode(label) + b"\n")
             done.labels += 1
             newest.update((anchors.user_id, anchors) for anchors in pipeline.answers)
             pipeline.answers.clear()
     newest.update((anchors.user_id, anchors) for anchors in pipeline.answers)
-    with file_of(task.out, ANCHORS, task.partition).open("wb") as out:
+    with replacing(file_of(task.out, ANCHORS, task.partition)) as out:
         out.writelines(encode(newest[user]) + b"\n" for user in sorted(newest))
     profiles = {profile.user_id: profile for profile in pipeline.profiles()}
-    with file_of(task.out, PROFILES, task.partition).open("wb") as out:
+    with replacing(file_of(task.out, PROFILES, task.partition)) as out:
         out.writelines(encode(profiles[user]) + b"\n" for user in sorted(profiles))
     done.users, done.refreshes = len(newest), pipeline.refreshes
     return done
 
 
-def _events(task: Task) -> Iterator[tuple[int, Event]]:
+def _events(task: Task, done: Done) -> Iterator[tuple[int, Event]]:
     cap, partitions = task.settings.kafka.max_record_bytes, task.settings.kafka.partitions
     files: tuple[Iterator[Event], ...] = (
         records(task.data / "recalls.jsonl", Recall, cap),
@@ -106,4 +110,8 @@ def _events(task: Task) -> Iterator[tuple[int, Event]]:
     )
     for events in files:
         mine = (event for event in events if partition_of(event.user_id, partitions) == task.partition)
-        yield from enumerate(mine)
+        for numbered in enumerate(mine):
+            if numbered[1].ts > task.until:
+                done.ahead += 1
+            else:
+                yield numbered

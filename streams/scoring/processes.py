@@ -13,7 +13,6 @@ import signal
 import socket
 import sys
 import tempfile
-import threading
 import time
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
@@ -27,6 +26,7 @@ from threadpoolctl import threadpool_limits
 from streams.frame import Frame
 from streams.liveness import health_of
 from streams.metrics import AddressError
+from streams.parent import end_with_parent
 from streams.scoring.scorer import Scorer
 from streams.scoring.server import MULTIPROCESS, create_app
 from streams.settings import Settings
@@ -62,7 +62,7 @@ def run(settings: Settings, frame: Frame | None = None) -> None:
 
 
 def _serve(settings: Settings, frame: Frame) -> None:
-    _end_with_parent()
+    end_with_parent(signal.SIGTERM)  # requests in flight are answered; its successor shall have the port for itself
     sys.setswitchinterval(SWITCH_SECONDS)
     # Products of a request are small: threads that wait for each other cost more than they bring.
     threadpool_limits(1)
@@ -80,18 +80,6 @@ def _serve(settings: Settings, frame: Frame) -> None:
     )
     with _bound(settings, shared=settings.serve.workers > 1) as listener:
         uvicorn.Server(config).run(sockets=[listener])
-
-
-def _end_with_parent() -> None:
-    """Stop serving when the supervisor is gone without a word: its successor shall have the port for itself."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-
-        def watch() -> None:
-            parent.join()
-            os.kill(os.getpid(), signal.SIGTERM)
-
-        threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def _bound(settings: Settings, shared: bool) -> socket.socket:

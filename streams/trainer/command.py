@@ -179,27 +179,30 @@ def pin(
 
     settings, store = _opened(config)
     with _clear_errors():
-        serving = versions.in_service(settings)
         if version is None:
+            serving = versions.in_service(settings)
             if serving is None:
                 raise typer.BadParameter("no model has been announced yet", param_hint="VERSION")
             version = serving.version
         name = versions.resolve(store, version)
-        if serving is not None and serving.version == name:
-            store.pin(name)
-        else:
-            versions.put_into_service(settings, store, name, pin=True)
+        versions.hold(settings, store, name)
     _out.print(f"pinned {name}")
 
 
 @app.command()
 def unpin(config: ConfigOption = None) -> None:
     """Let the trainer announce its models again, from the next one on."""
+    from streams.models import ModelError
+
     _, store = _opened(config)
     with _clear_errors():
-        held = store.pinned()
+        try:
+            held = store.pinned()
+            said = "nothing was pinned" if held is None else f"unpinned {held.version}"
+        except ModelError:  # it can be taken off all the same
+            said = "unpinned what could not be read"
         store.unpin()
-    _out.print("nothing was pinned" if held is None else f"unpinned {held.version}")
+    _out.print(said)
 
 
 @app.command()

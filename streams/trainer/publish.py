@@ -2,7 +2,7 @@
 
 What was announced last is read from ``gpl.model-updates`` itself, so a restarted trainer publishes when, and only
 when, it is past that. A kill between directory and announcement leaves a version that nobody was told of; the
-next publication has a higher number. While a version is pinned, models are made and kept and nothing is announced.
+next publication has a higher number. While a version is pinned, models are made and kept and no other is announced.
 """
 
 from __future__ import annotations
@@ -37,14 +37,16 @@ _LOOK_BACK = 100  # requests at least that the gate looks at: a slow flood has f
 class Candidate:
     """A model that could be published, as of one step of a run of the batch journal.
 
-    ``records``: trained on. ``evaluated``: requests in the progressive window, whose figures are ``metrics``; ``feed``
-    tells of the newest n of them. ``newest_at``: wall milliseconds of the newest source record trained on, None when no
-    label named it. ``asked``: recent requests for the next probe; ``score``: the model's answers.
+    ``records``: trained on; ``trained``: steps that moved weights. ``evaluated``: requests in the progressive window,
+    whose figures are ``metrics``; ``feed`` tells of the newest n of them. ``newest_at``: wall milliseconds of the
+    newest source record trained on, None when no label named it. ``asked``: recent requests for the next probe;
+    ``score``: the model's answers.
     """
 
     step: int
     run: int
     records: int
+    trained: int
     weights: Mapping[str, Tensor]
     ids: models.Ids
     config: Mapping[str, float | int | str | bool]
@@ -127,7 +129,8 @@ class Publisher:
         self.store.storage.recover()
         self._announced = Announced(kafka, settings.model_name)
         self._published_at: dict[str, int] = {}
-        self._attempted: int | None = None  # records trained on at the last attempt
+        self._attempted: int | None = None  # records trained on at the last attempt, and
+        self._trained = 0  # the steps that had moved weights
         self._refused: str | None = None
 
     @property
@@ -136,35 +139,44 @@ class Publisher:
         return self._announced.last
 
     def publish(self, candidate: Candidate) -> ModelUpdate | None:
-        """Publish and announce; None when there is nothing new, the gate refuses (counted, logged, kept) or a version
-        is pinned."""
-        last = self._announced.refresh()
-        if self._attempted == candidate.records or not candidate.records:
+        """Publish and announce; None when there is nothing new, the gate refuses (counted, logged, kept), a version is
+        pinned, or it is put off because the pin or the last model cannot be read (logged)."""
+        self._announced.refresh()
+        try:
+            self._follow_pin()  # first: the feed may be idle, and the gate shut
+            if not self._has_moved(candidate):
+                return None
+            model = self._last_model()
+        except models.ModelError as error:
+            log.error("publication_put_off", step=candidate.step, why=str(error))
             return None
-        if self._attempted is None and last is not None and last.metrics.get("records") == candidate.records:
-            self._attempted = candidate.records  # restarted, and not past what it published
-            return None
+        last = self.last
         # After a restart: since what serves. Everything would hide a flood that has only begun.
         known = int(last.metrics.get("records", 0)) if self._attempted is None and last is not None else 0
         fresh = candidate.records - (self._attempted or known)
         if fresh <= 0:  # it started from before what serves
             fresh = self._settings.recent_records
-        self._attempted = candidate.records
-        metrics.MODELS_PINNED.set(self.store.pinned() is not None)
-        moved, refusal = self._judge(candidate, last, fresh)
+        self._attempted, self._trained = candidate.records, candidate.trained
+        accepted = self.store.accepted()
+        moved, refusal = self._judge(candidate, last, model, fresh, accepted)
         if refusal is not None:
             self.refuse(refusal, candidate.step)
             return None
         self._refused = None
         metrics.PUBLICATION_BLOCKED.set(0)
         now = self._clock()
-        figures = {**candidate.metrics, "records": float(candidate.records), **_drift(moved)}
+        counts = {"records": float(candidate.records), "trained": float(candidate.trained)}
+        figures = {**candidate.metrics, **counts, **_drift(moved)}
         if candidate.newest_at is not None:
             figures["model_age_seconds"] = now - candidate.newest_at / 1000
         version = self._write(candidate, figures, int(now * 1000))
         update = update_of(self.store, version)
         if not self._announce(update):
             return None
+        if accepted:
+            # Of one that does not come into service it is not used up. A kill before this lets one more pass.
+            log.warning("gate_opened_once", step=candidate.step)
+            self.store.clear_acceptance()
         metrics.MODELS_PUBLISHED.inc()
         if "model_age_seconds" in figures:
             metrics.MODEL_AGE.set(figures["model_age_seconds"])
@@ -181,11 +193,22 @@ class Publisher:
     def close(self) -> None:
         self._announced.close()
 
+    def _has_moved(self, candidate: Candidate) -> bool:
+        """Whether a weight has moved since the last attempt: of some records nothing can be learned."""
+        if candidate.trained in (0, self._trained):
+            return False
+        last = self.last
+        # Restarted, and not past what it published?
+        return self._attempted is not None or last is None or last.metrics.get("trained") != candidate.trained
+
     def _judge(
-        self, candidate: Candidate, last: ModelUpdate | None, fresh: int
+        self,
+        candidate: Candidate,
+        last: ModelUpdate | None,
+        model: models.Published | None,
+        fresh: int,
+        accepted: bool,
     ) -> tuple[Mapping[str, float], Refusal | None]:
-        accepted = self.store.accepted()
-        model = self._last_model(last)
         spaces = candidate.versions["encoder"], candidate.versions["quantiser"]
         comparable = model is None or (model.manifest.encoder, model.manifest.quantiser) == spaces
         before = model.probe if model is not None and comparable else models.NO_PROBE
@@ -200,17 +223,20 @@ class Publisher:
             {name: value for name, value in moved.items() if name == "finite" or not accepted},
             self._settings,
         )
-        if accepted and refusal is None:
-            log.warning("gate_opened_once", step=candidate.step)
-            self.store.clear_acceptance()
         return moved, refusal
 
-    def _last_model(self, last: ModelUpdate | None) -> models.Published | None:
-        """The model that was announced last; None when there is none, or its files are gone."""
+    def _last_model(self) -> models.Published | None:
+        """The model that was announced last; None when there is none, or its files are gone or damaged.
+
+        Raises UnreadableError when storage does not say: what the model moved must not go unseen for that.
+        """
+        last = self.last
         if last is None:
             return None
         try:
             return models.read(last.uri, last.checksum)
+        except models.UnreadableError:
+            raise
         except models.ModelError as error:
             log.warning("last_model_unreadable", version=last.version, why=str(error))
             return None
@@ -240,44 +266,62 @@ class Publisher:
 
     def _announce(self, update: ModelUpdate) -> bool:
         """Whether the model is in service now."""
-        pin = self.store.pinned()
+        pin = self._follow_pin()
         if pin is not None:
             log.info("model_held_back", version=update.version, pinned=pin.version)
-            if self.last is not None and self.last.version != pin.version:
-                # A trainer that was killed between an announcement and the look below has left its own in service.
-                announce(self._kafka, self._producer, update_of(self.store, pin.version))
-                self._announced.refresh()
-            self._retain(update.version, pin.version)
-            return False
-        announce(self._kafka, self._producer, update)
-        self._announced.refresh()
-        # Somebody may have pinned a version between the look and the announcement; theirs is to stay.
-        pin = self.store.pinned()
-        if pin is not None and pin.version != update.version:
-            announce(self._kafka, self._producer, update_of(self.store, pin.version))
+        else:
+            announce(self._kafka, self._producer, update)
             self._announced.refresh()
-        self._retain(update.version, pin.version if pin else None)
+            # Somebody may have pinned a version between the look and the announcement; theirs is to stay.
+            pin = self._follow_pin()
+        self._retain(update.version)
         return pin is None or pin.version == update.version
 
-    def _retain(self, *needed: str | None) -> None:
+    def _follow_pin(self) -> models.Pin | None:
+        """The pin. Its version is announced when it does not serve: a command that was killed after pinning, or a
+        trainer after announcing its own, has left it so. Raises ModelError when one of the two cannot be read."""
+        pin = self.store.pinned()
+        metrics.MODELS_PINNED.set(pin is not None)
+        if pin is not None and (self.last is None or self.last.version != pin.version):
+            announce(self._kafka, self._producer, update_of(self.store, pin.version))
+            self._announced.refresh()
+            log.warning("pinned_model_announced", version=pin.version)
+        return pin
+
+    def _retain(self, published: str) -> None:
         present = self.store.versions()
-        kept = {*present[: self._settings.keep_models], *needed, self.last.version if self.last else None}
+        kept = {*present[: self._settings.keep_models], published}
         first_of_hour: dict[int, str] = {}
         if self._settings.keep_hourly_models:
             for version in reversed(present):
-                first_of_hour.setdefault(self._hour(version), version)
-            newest = max(first_of_hour, default=0)
-            kept.update(v for h, v in first_of_hour.items() if h > newest - self._settings.keep_hourly_models)
+                try:
+                    first_of_hour.setdefault(self._hour(version), version)
+                except models.UnreadableError:
+                    kept.add(version)  # it may be one of them
+            # Not of the newest hour there is: that may be of a clock that ran ahead.
+            last = self._hour(published)
+            kept.update(v for h, v in first_of_hour.items() if h > last - self._settings.keep_hourly_models)
         for version in present:
-            if version not in kept:
+            if version not in kept and not self._is_held(version):
                 self.store.remove(version)
                 self._published_at.pop(version, None)
 
+    def _is_held(self, version: str) -> bool:
+        """Whether it serves or is pinned as of now: an operator may be going back to it at this moment."""
+        serving = self._announced.refresh()
+        try:
+            pin = self.store.pinned()
+        except models.ModelError:
+            return True
+        return version in (serving and serving.version, pin and pin.version)
+
     def _hour(self, version: str) -> int:
-        """Since the epoch, in which a version was published; -1 of one that is damaged."""
+        """Since the epoch, in which a version was published; -1 of one that is damaged. Raises UnreadableError."""
         if version not in self._published_at:
             try:
                 self._published_at[version] = self.store.manifest(version)[0].published_at
+            except models.UnreadableError:
+                raise
             except models.ModelError:
                 self._published_at[version] = -_HOUR_MS
         return self._published_at[version] // _HOUR_MS

@@ -13,11 +13,11 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from types import FrameType
 
 import structlog
 from torch.multiprocessing.spawn import ProcessException, start_processes
 
+from streams.parent import end_with_parent
 from streams.settings import Settings
 from streams.trainer import loop
 from streams.trainer.group import Processes, RankGoneError
@@ -41,7 +41,7 @@ def run(settings: Settings, ranks: int, start_from: str = "latest", skip_to: str
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback[0])
     with tempfile.TemporaryDirectory(prefix="gpl-ranks-") as name:
         meet = (Path(name) / "meet").as_uri()
-        arguments = (ranks, meet, os.getpid(), settings, start_from, skip_to)
+        arguments = (ranks, meet, settings, start_from, skip_to)
         context = start_processes(_rank, arguments, ranks, join=False, start_method="spawn")  # type: ignore[no-untyped-call]
 
         def stop(*_: object) -> None:
@@ -60,19 +60,12 @@ def run(settings: Settings, ranks: int, start_from: str = "latest", skip_to: str
                 signal.signal(number, handler)
 
 
-def _rank(
-    rank: int, ranks: int, meet: str, parent: int, settings: Settings, start_from: str, skip_to: str | None
-) -> None:
+def _rank(rank: int, ranks: int, meet: str, settings: Settings, start_from: str, skip_to: str | None) -> None:
     stop = threading.Event()
-
-    def interrupted(number: int, at: FrameType | None) -> None:
-        # From a terminal, which asks the parent too, or because the parent is gone.
-        if os.getppid() != parent:
-            raise KeyboardInterrupt
-        stop.set()
-
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    signal.signal(signal.SIGINT, interrupted)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    # Torch asks the kernel for SIGINT at the parent's end, but only after the imports, when it may be gone already.
+    end_with_parent()
     try:
         with Processes(rank, ranks, meet) as group:
             loop.serve(settings, stop, start_from, skip_to, group)

@@ -282,6 +282,7 @@ class Trainer:
             step=self.step_count,
             run=run,
             records=self.records,
+            trained=self._learners[MAIN].steps,
             weights=weights,
             ids=ids,
             config={"dim": self._settings.dim, "dim_content": self._frame.dim},

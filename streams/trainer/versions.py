@@ -36,24 +36,48 @@ def in_service(settings: Settings) -> ModelUpdate | None:
 def put_into_service(settings: Settings, store: models.ModelStore, version: str, pin: bool) -> ModelUpdate:
     """Announce a version, pinned first where wanted, so that the trainer does not replace it in between.
 
-    Raises ModelError when the version is damaged or another model's, and what the broker raises; nothing is changed
-    then.
+    Raises ModelError when the version is damaged, another model's or just being removed, and what the broker raises;
+    nothing is changed then, but that a pin that could not be read is gone.
     """
     store.read(version)  # a damaged one must not be announced
     update = update_of(store, version)
     if update.model != settings.trainer.model_name:
         raise models.ModelError(f"{version} is a model of {update.model!r}, not {settings.trainer.model_name!r}")
     with closing(producer(settings.kafka)) as sending:
-        before = store.pinned()
+        try:
+            before = store.pinned()
+        except models.ModelError:
+            before = None
         if pin:
             store.pin(version)
         try:
+            _check_kept(store, version)
             announce(settings.kafka, sending, update)
         except BaseException:
             if pin:  # or the trainer would announce nothing beside a version that was not put into service
                 store.pin(before.version) if before is not None else store.unpin()
             raise
     return update
+
+
+def hold(settings: Settings, store: models.ModelStore, version: str) -> None:
+    """Pin a version, and announce it unless it serves. Raises as ``put_into_service``."""
+    serving = in_service(settings)
+    if serving is not None and serving.version == version:
+        store.pin(version)
+        serving = in_service(settings)  # the trainer may have announced its next in between, seeing no pin
+    if serving is None or serving.version != version:
+        put_into_service(settings, store, version, pin=True)
+
+
+def _check_kept(store: models.ModelStore, version: str) -> None:
+    """The trainer removes old versions, and may have been at this one before it could see that it is wanted."""
+    try:
+        store.read(version)
+    except models.UnreadableError:
+        raise
+    except models.ModelError as error:
+        raise models.ModelError(f"{version} has just been removed by the trainer; choose a newer one") from error
 
 
 def difference(store: models.ModelStore, first: str, second: str) -> dict[str, Any]:

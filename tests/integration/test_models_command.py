@@ -158,6 +158,14 @@ def elsewhere(label: Label) -> Label:
     return msgspec.structs.replace(label, provenance=msgspec.structs.replace(label.provenance, encoder="encoder-2"))
 
 
+def of_another_catalogue(label: Label) -> Label:
+    exposed, unexposed = (
+        msgspec.structs.replace(part, item=[f"other-{item}" for item in part.item])
+        for part in (label.exposed, label.unexposed)
+    )
+    return msgspec.structs.replace(label, exposed=exposed, unexposed=unexposed)
+
+
 def not_numbers(label: Label) -> bytes:
     return encode(label).replace(b'"confidence":[0.5', b'"confidence":[NaN')
 
@@ -208,8 +216,14 @@ def test_nothing_is_published_while_the_labels_are_poison(
     assert rebuild.rebuild(site.settings, manifest.version, frame=FRAME).differing == []
 
 
-@pytest.mark.parametrize("poison", [elsewhere, not_numbers], ids=["another encoder", "NaN"])
-def test_labels_that_cannot_be_used_change_nothing(site: Site, poison: Callable[[Label], Label | bytes]) -> None:
+@pytest.mark.parametrize(
+    ("poison", "counted"),
+    [(elsewhere, 0), (not_numbers, 0), (of_another_catalogue, 60)],
+    ids=["another encoder", "NaN", "another catalogue"],
+)
+def test_labels_that_cannot_be_used_change_nothing(
+    site: Site, poison: Callable[[Label], Label | bytes], counted: int
+) -> None:
     site.feed(200)
     with site.trainer():
         until(site.trained)
@@ -223,7 +237,7 @@ def test_labels_that_cannot_be_used_change_nothing(site: Site, poison: Callable[
     with site.trainer():
         until(site.trained)
     now = models.read(site.serving().uri, site.serving().checksum)
-    assert now.manifest.records == 201 and not torch.equal(now.weights["content"], before["content"])
+    assert now.manifest.records == 201 + counted and not torch.equal(now.weights["content"], before["content"])
 
 
 def test_training_that_blows_up_stops_and_publishes_nothing(site: Site) -> None:

@@ -137,6 +137,24 @@ def test_what_the_stream_counts_is_a_warning_with_its_first_line(write, name, re
     assert problem.reason.startswith(reason)
 
 
+@pytest.mark.parametrize(
+    ("name", "record"),
+    [
+        ("recalls", RECALLS[0] | {"request_id": "r2", "ts": 5001}),
+        ("feedback", FEEDBACK[0] | {"event_id": "e3", "ts": 5001}),
+    ],
+)
+def test_events_further_ahead_than_the_stream_takes_are_errors(write, name, record):
+    base = {"items": ITEMS, "recalls": RECALLS, "feedback": FEEDBACK}
+    directory = write(**{**base, name: [*base[name], record]})
+    assert validate(directory, until=5001) == []
+    (problem,) = validate(directory, until=5000)
+    assert (problem.line, problem.field, problem.severity) == (len(base[name]) + 1, "ts", "error")
+    write(**{**base, name: [*base[name], record | {"ts": int((time.time() + 600) * 1000)}]})
+    done = CliRunner().invoke(app, [str(directory), "--window", "1e10"])
+    assert done.exit_code == 1 and "in the future" in done.output
+
+
 def test_warnings_of_one_kind_are_tallied(write):
     orphans = [FEEDBACK[0] | {"event_id": f"x{i}", "request_id": "gone"} for i in range(500)]
     (problem,) = validate(write(feedback=FEEDBACK + orphans))

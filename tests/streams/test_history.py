@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -295,9 +296,8 @@ def test_a_publication_that_failed_is_repeated_alone(
         assert f"{len(lines):,} records on {topic}" in again.stdout
     assert all(partition_of(key.decode(), PARTITIONS) == p for _, p, key, _ in sent)
     assert brokers[1].most_waiting == 2 and brokers[1].waiting == 0
-    # Not of other data, nor without --publish, nor what was not made to its end, nor over the cap.
+    # Not of other data, nor what was not made to its end, nor over the cap.
     assert run_command(settings, str(tmp_path), *arguments[1:]).exit_code == 1
-    assert run_command(settings, *arguments[:-1]).exit_code == 1
     small = settings.kafka.model_copy(update={"max_record_bytes": 64})
     with pytest.raises(RecordTooLargeError):
         work.publish(tmp_path / "out", settings.model_copy(update={"kafka": small}))
@@ -305,11 +305,45 @@ def test_a_publication_that_failed_is_repeated_alone(
     assert run_command(settings, *arguments).exit_code == 1
 
 
+def test_a_complete_backfill_given_again_says_so(settings: Settings, data: Path, tmp_path: Path) -> None:
+    arguments = (str(data), "--out", str(tmp_path / "out"))
+    assert run_command(settings, *arguments).exit_code == 0
+    made = contents(tmp_path)
+    again = run_command(settings, *arguments)
+    assert again.exit_code == 0 and "complete, nothing is left to do" in again.stdout
+    assert contents(tmp_path) == made
+    # But not under settings under which nothing was made.
+    refit = settings.model_copy(update={"trainer": settings.trainer.model_copy(update={"checkpoints": tmp_path / "2"})})
+    other = run_command(refit, *arguments)
+    assert other.exit_code == 1 and f"{tmp_path / 'out'} exists" in other.stderr
+
+
+def test_events_in_the_future_are_passed_over(settings: Settings, data: Path, tmp_path: Path) -> None:
+    backfill(data, tmp_path / "out", settings, 1, False, lambda _: None)
+    expected = contents(tmp_path / "out")
+    ahead = int((time.time() + 86_400) * 1000)
+    found = {
+        "recalls": Recall("r-ahead", "u1", ahead, ["i1", "i2"]),
+        "feedback": Feedback("e-ahead", "u2", "i1", ahead, "click"),
+    }
+    for name, event in found.items():
+        path = data / f"{name}.jsonl"
+        path.write_bytes(path.read_bytes() + encode(event) + b"\n")
+    own = settings.trainer.model_copy(update={"checkpoints": tmp_path / "again"})
+    said: list[str] = []
+    out = tmp_path / "out-again"
+    backfill(data, out, settings.model_copy(update={"trainer": own}), 1, False, said.append)
+    assert contents(out) == expected
+    assert "2 events passed over, over 300 s ahead of the clock (gpl validate names them)" in said
+    checkpoint = CheckpointStore(own.checkpoints, 3).load_newest()
+    assert checkpoint is not None and checkpoint.newest_event_ts < ahead
+
+
 class Killed(BaseException):
     """As SIGKILL: nothing is tidied up."""
 
 
-@pytest.mark.parametrize("writes", range(5))
+@pytest.mark.parametrize("writes", [0, 1, 2, 6, *range(11, 17)])  # 2 to 10 are the files of the partitions
 def test_a_backfill_killed_between_any_two_writes_is_repeated(
     settings: Settings, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
 ) -> None:
@@ -324,14 +358,15 @@ def test_a_backfill_killed_between_any_two_writes_is_repeated(
 
     left = writes
     with monkeypatch.context() as patch:
-        for cls, names in ((LocalStorage, ("put", "write", "remove")), (CheckpointStore, ("save",))):
+        places = ((LocalStorage, ("put", "write", "remove")), (CheckpointStore, ("save",)), (Path, ("replace",)))
+        for cls, names in places:
             for name in names:
                 patch.setattr(cls, name, before(killed, getattr(cls, name)))
         with pytest.raises(Killed):
             backfill(data, tmp_path / "out", settings, 1, False, lambda _: None)
     other = tmp_path / "other"
     shutil.copytree(data, other)
-    if (tmp_path / "out").exists():
+    if open_storage(tmp_path / "out").names():
         with pytest.raises(BackfillError):  # not of other data
             backfill(other, tmp_path / "out", settings, 1, False, lambda _: None)
     backfill(data, tmp_path / "out", settings, 1, False, lambda _: None)
@@ -370,6 +405,7 @@ def test_a_checkpoint_of_another_is_not_taken_for_that_of_a_killed_backfill(
 
 def test_errors_say_what_to_do(settings: Settings, data: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").touch()
     with pytest.raises(BackfillError, match="exists"):
         backfill(data, tmp_path / "there", settings, 1, False, lambda _: None)
     with open_storage(settings.trainer.checkpoints).held():

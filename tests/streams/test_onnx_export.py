@@ -122,6 +122,20 @@ def test_from_the_command_line(trained: models.ModelStore, tmp_path: Path, monke
     assert missing.exit_code == 1 and "7" in missing.output
 
 
+def test_a_graph_does_not_come_without_its_table(trained: models.ModelStore, tmp_path: Path) -> None:
+    published = trained.read(trained.versions()[0])
+    (tmp_path / "m.onnx").write_bytes(b"earlier")
+    (tmp_path / "m.ids.json").mkdir()  # which no file can take the place of
+    with pytest.raises(IsADirectoryError):
+        export(published, labeller.Config(), tmp_path / "m.onnx")
+    assert (tmp_path / "m.onnx").read_bytes() == b"earlier"
+    (tmp_path / "m.ids.json").rmdir()
+    ids = msgspec.json.decode(export(published, labeller.Config(), tmp_path / "m.onnx").read_bytes())
+    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"))
+    assert session.get_modelmeta().custom_metadata_map["version"] == ids["model"] == published.manifest.version
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.ids.json", "m.onnx"]
+
+
 def test_a_graph_that_differs_is_refused(
     trained: models.ModelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

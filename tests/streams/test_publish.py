@@ -3,19 +3,22 @@
 import dataclasses
 import json
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import structlog
 import torch
 from kafka.errors import KafkaError
 from prometheus_client import REGISTRY
+from typer.testing import CliRunner
 
 from streams import kafka as clients
 from streams import models
+from streams.cli import app
 from streams.contracts import ModelUpdate, decode
 from streams.log_view import LogView
 from streams.settings import KafkaSettings, Settings, TrainerSettings
@@ -40,10 +43,12 @@ def scores(logits: list[float]) -> Any:
 
 
 def candidate(step: int = 3, **changes: Any) -> Candidate:
+    changes = {"trained": changes.get("records", 10 * step), **changes}
     whole = Candidate(
         step=step,
         run=1,
         records=10 * step,
+        trained=0,
         weights={"w": torch.arange(6.0).reshape(2, 3), "count": torch.tensor([4])},
         ids=models.Ids(["u1", "ü2"], ["i1"]),
         config={"dim": 3, "dim_content": 8},
@@ -227,6 +232,7 @@ def test_publication_is_announced_and_continues_after_a_restart(
             "auc": 0.7,
             "click_rate": 0.2,
             "records": 30,
+            "trained": 30,
             "model_age_seconds": 42.5,
         }
         assert REGISTRY.get_sample_value("gpl_model_age_seconds") == 42.5
@@ -253,15 +259,68 @@ def test_publication_is_announced_and_continues_after_a_restart(
         assert other.store.versions() == [third.version, second.version]
 
 
-def test_hourly_models_outlive_the_newest(kafka_settings: KafkaSettings, producer: Any, tmp_path: Path) -> None:
-    now = [1_000_000 * 3600.0]
+@pytest.mark.parametrize("ran_ahead", [False, True])
+def test_hourly_models_outlive_the_newest(
+    kafka_settings: KafkaSettings, producer: Any, tmp_path: Path, ran_ahead: bool
+) -> None:
+    now = [(1_000_000 + 9_000 * ran_ahead) * 3600.0]
     settings = own(tmp_path, keep_models=2, keep_hourly_models=2)
     with closing(Publisher(kafka_settings, settings, producer, clock=lambda: now[0])) as publisher:
-        for step in range(1, 10):
+        first = publisher.publish(candidate(1))
+        now[0] = 1_000_000 * 3600.0
+        for step in range(2, 11):
             assert publisher.publish(candidate(step)) is not None
             now[0] += 1200
         # Three an hour: hours 0 to 2. Kept: the newest two, the first of hours 1 and 2.
-        assert [v[:7] for v in publisher.store.versions()] == ["v000009", "v000008", "v000007", "v000004"]
+        kept = ["v000010", "v000009", "v000008", "v000005"]
+        assert first is not None
+        assert [v[:7] for v in publisher.store.versions()] == kept + ["v000001"] * ran_ahead
+
+
+@contextmanager
+def unreadable(file: Path) -> Iterator[None]:
+    """A file that is there and cannot be read for a while."""
+    aside = file.with_name("aside")
+    file.rename(aside)
+    file.mkdir()
+    yield
+    file.rmdir()
+    aside.rename(file)
+
+
+def test_what_cannot_be_read_for_a_while_is_kept(kafka_settings: KafkaSettings, producer: Any, tmp_path: Path) -> None:
+    settings = own(tmp_path, keep_models=1, keep_hourly_models=2)
+    with closing(Publisher(kafka_settings, settings, producer)) as publisher:
+        for step in (1, 2):
+            assert publisher.publish(candidate(step)) is not None
+    first = publisher.store.versions()[-1]
+    with closing(Publisher(kafka_settings, settings, producer)) as publisher:  # knows no hours yet
+        with unreadable(tmp_path / first / "manifest.json"):
+            assert publisher.publish(candidate(3)) is not None
+        assert publisher.publish(candidate(4)) is not None
+        assert publisher.store.versions() == ["v000004-00000004", first]
+        # Nor is the last model taken for none: what follows is compared with it.
+        drifted = candidate(5, score=scores([50, 51, 52, 53]))
+        with unreadable(tmp_path / "v000004-00000004" / "probe.json"):
+            assert publisher.publish(drifted) is None
+        assert publisher.store.refusals() == [] and publisher.store.versions() == ["v000004-00000004", first]
+        assert publisher.publish(drifted) is None and publisher.store.refusals()[0].reason == "drift"
+        # What is gone will not come back.
+        (tmp_path / "v000004-00000004" / "probe.json").unlink()
+        assert publisher.publish(candidate(6, score=scores([50, 51, 52, 53]))) is not None
+
+
+def test_records_that_move_no_weight_are_not_published(
+    kafka_settings: KafkaSettings, producer: Any, tmp_path: Path
+) -> None:
+    with closing(Publisher(kafka_settings, own(tmp_path), producer)) as publisher:
+        assert publisher.publish(candidate(1, trained=0)) is None
+        first = publisher.publish(candidate(2))
+        assert publisher.publish(candidate(3, trained=20)) is None
+    with closing(Publisher(kafka_settings, own(tmp_path), producer)) as publisher:
+        assert publisher.publish(candidate(4, trained=20)) is None
+        assert announced(kafka_settings) == [first] and publisher.store.refusals() == []
+        assert publisher.publish(candidate(4, trained=21)) is not None
 
 
 def test_a_pin_holds_until_it_is_taken_off_and_outlives_restarts(
@@ -282,15 +341,94 @@ def test_a_pin_holds_until_it_is_taken_off_and_outlives_restarts(
         assert fourth is not None and announced(kafka_settings) == [first, fourth]
 
 
+@pytest.mark.parametrize(("step", "evaluated"), [(3, 10), (3, 9), (2, 10)], ids=["a model", "refused", "nothing new"])
 def test_what_is_pinned_comes_back_when_something_else_was_left_in_service(
-    kafka_settings: KafkaSettings, producer: Any, tmp_path: Path
+    kafka_settings: KafkaSettings, producer: Any, tmp_path: Path, step: int, evaluated: int
 ) -> None:
     with closing(Publisher(kafka_settings, own(tmp_path), producer)) as publisher:
         first, second = publisher.publish(candidate(1)), publisher.publish(candidate(2))
         assert first is not None and second is not None
         publisher.store.pin(first.version)  # by one that was killed before it announced it
-        assert publisher.publish(candidate(3)) is None
+        assert publisher.publish(candidate(step, evaluated=evaluated)) is None
         assert announced(kafka_settings) == [first, second, first] and publisher.last == first
+        assert publisher.publish(candidate(4)) is None and publisher.last == first
+
+
+def test_a_pin_of_what_serves_holds_when_the_next_is_announced_meanwhile(
+    kafka_settings: KafkaSettings, producer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(Publisher(kafka_settings, own(tmp_path), producer)) as publisher:
+        first = publisher.publish(candidate(1))
+        assert first is not None
+        pin = publisher.store.pin
+
+        def late(version: str) -> None:
+            publisher.publish(candidate(2))
+            pin(version)
+
+        store = models.ModelStore(tmp_path)
+        monkeypatch.setattr(store, "pin", late)
+        versions.hold(Settings(kafka=kafka_settings, trainer=own(tmp_path)), store, first.version)
+        served = announced(kafka_settings)
+        assert served[1].version == "v000002-00000002" and served[-1] == first
+
+
+def test_a_pin_that_cannot_be_read_stops_publication_and_can_be_taken_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = SimpleNamespace(last=None, refresh=lambda: None, close=lambda: None)
+    monkeypatch.setattr(publish, "Announced", lambda *_: nothing)
+    monkeypatch.setattr(publish, "announce", lambda *_: None)
+    monkeypatch.setenv("GPL_TRAINER__MODELS", str(tmp_path))
+    with closing(Publisher(KafkaSettings(), own(tmp_path), None)) as publisher:
+        publisher.store.storage.put("pin.json", b"{")
+        with structlog.testing.capture_logs() as logged:
+            assert publisher.publish(candidate()) is None
+        assert [(line["event"], "gpl models pin" in line["why"]) for line in logged] == [("publication_put_off", True)]
+        assert publisher.store.versions() == []
+        for said in ("unpinned what could not be read", "nothing was pinned"):
+            done = CliRunner().invoke(app, ["models", "unpin"])
+            assert done.exit_code == 0 and said in done.output
+        assert publisher.publish(candidate()) is not None
+
+
+def test_retention_leaves_what_is_gone_back_to_at_that_moment(
+    kafka_settings: KafkaSettings, producer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = own(tmp_path, keep_models=1, keep_hourly_models=0)
+    with closing(Publisher(kafka_settings, settings, producer)) as publisher:
+        first = publisher.publish(candidate(1))
+        assert first is not None
+        retain = publisher._retain
+
+        def late(*known: Any) -> None:
+            whole = Settings(kafka=kafka_settings, trainer=settings)
+            versions.put_into_service(whole, models.ModelStore(tmp_path), first.version, pin=True)
+            retain(*known)
+
+        monkeypatch.setattr(publisher, "_retain", late)
+        publisher.publish(candidate(2))
+        assert publisher.store.read(first.version) and announced(kafka_settings)[-1] == first
+
+
+def test_a_version_that_is_removed_before_it_is_announced_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, sent = models.ModelStore(tmp_path), list[ModelUpdate]()
+    store.write(manifest(), candidate().weights, candidate().ids)
+    pin = store.pin
+
+    def late(version: str) -> None:
+        pin(version)
+        store.remove(version)
+
+    store.storage.put("pin.json", b"{")  # what cannot be read stands in no command's way
+    monkeypatch.setattr(store, "pin", late)
+    monkeypatch.setattr(versions, "producer", lambda _: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(versions, "announce", lambda kafka, producer, update: sent.append(update))
+    with pytest.raises(models.ModelError, match="removed by the trainer"):
+        versions.put_into_service(Settings(trainer=own(tmp_path)), store, manifest().version, pin=True)
+    assert store.pinned() is None and sent == []
 
 
 @pytest.mark.parametrize("pinned", [None, "v000001-00000001"])
@@ -361,6 +499,26 @@ def test_after_a_rollback_the_next_is_compared_with_what_is_in_service(
         third = publisher.publish(candidate(3, records=31, metrics={"log_loss": 0.63}))
         assert third is not None and models.number_of(third.version) == 3
         assert not publisher.store.accepted()
+
+
+def test_an_acceptance_is_for_a_model_that_comes_into_service(
+    kafka_settings: KafkaSettings, producer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise KafkaError("no broker")
+
+    worse = {"log_loss": 2.0}
+    with closing(Publisher(kafka_settings, own(tmp_path), producer)) as publisher:
+        first = publisher.publish(candidate(1))
+        assert first is not None
+        publisher.store.accept()
+        publisher.store.pin(first.version)
+        assert publisher.publish(candidate(2, metrics=worse)) is None and publisher.store.accepted()
+        publisher.store.unpin()
+        with monkeypatch.context() as patch, pytest.raises(KafkaError):
+            patch.setattr(publish, "announce", fails)
+            publisher.publish(candidate(3, metrics=worse))
+        assert publisher.publish(candidate(4, metrics=worse)) is not None and not publisher.store.accepted()
 
 
 def test_a_model_of_another_space_is_not_compared_with(
