@@ -351,4 +351,5 @@ class Loop:
             software=software(),
             started_at=int(time.time() * 1000),
             ranks=self._group.ranks,
+            max_ahead_seconds=self._settings.labels.max_ahead_seconds,
         )
