@@ -203,8 +203,8 @@ class CheckpointStore:
         return sorted(int(number) for number in found if number.isdigit())
 
     def discard_after(self, step: int) -> None:
-        """Let go of all checkpoints of later steps, the newest last: until it goes a restart takes it up as before, then
-        that of ``step``, and never one between the two."""
+        """Let go of all checkpoints of later steps, the newest last: a restart takes it up until it is gone, then that
+        of ``step``, and never one between the two."""
         for later in (found for found in self.steps() if found > step):
             self._storage.remove(_name(later), last=_MANIFEST)
 

@@ -203,8 +203,10 @@ def test_nothing_is_published_while_the_labels_are_poison(
     assert set(site.reasons()) <= reasons and site.reasons()
     # The feed is put right: back to before the poison, past it, and models come again, without the poison in them.
     site.feed(300)
+    before = site.checkpoints.manifest(sound)
     with site.trainer(f"step-{sound}", skip_to=f"ts={over}"):
         until(site.trained)
+    assert site.checkpoints.manifest(sound) == before, "the place to go back to"
     manifest = models.read(site.serving().uri, site.serving().checksum).manifest
     assert (manifest.run, manifest.records) == (3, 900)
     assert rebuild.rebuild(site.settings, manifest.version, frame=FRAME).differing == []

@@ -166,7 +166,7 @@ def test_a_checkpoint_of_other_software_is_not_passed_over(storage: Storage, cha
     store.save(checkpoint(2))
     manifest_with(storage, lambda m: m.update(change))
     for asked in (store.load_newest, lambda: store.load(2)):
-        with pytest.raises(OtherSoftwareError, match="step-00000002: made by other software: .*--start-from step-N"):
+        with pytest.raises(OtherSoftwareError, match=r"step-00000002: made by other software: .*--start-from step-N"):
             asked()
     assert_same(store.load(1), checkpoint(1))
     # Behind a newer one it is in nobody's way.
