@@ -136,7 +136,7 @@ class Calibration(Record, frozen=True):
 class Exposed(Record, frozen=True, omit_defaults=False):
     """Columns of the exposed items. ``score``: raw anchor score, null without anchors or vector."""
 
-    item: list[str]
+    item: list[Id]
     clicked: list[int]
     score: list[float | None]
 
@@ -144,7 +144,7 @@ class Exposed(Record, frozen=True, omit_defaults=False):
 class Unexposed(Record, frozen=True, omit_defaults=False):
     """Columns of the unexposed candidates: raw anchor score, calibrated label, confidence; rounded to 6 digits."""
 
-    item: list[str]
+    item: list[Id]
     score: list[float]
     label: list[float]
     confidence: list[float]
@@ -186,12 +186,12 @@ class Label(Record, frozen=True, omit_defaults=False, kw_only=True):
     records older than this field.
     """
 
-    request_id: str
+    request_id: Id
     revision: int
-    user_id: str
+    user_id: Id
     ts: Millis
     outcome: Literal["labelled", "no_anchors"]
-    history: list[str] = []
+    history: list[Id] = []
     exposed: Exposed
     unexposed: Unexposed
     provenance: Provenance

@@ -46,7 +46,7 @@ class Run(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``positions``, ``vectors``: next offsets of the labels and of the item vectors at the start. ``settings``: the
     trainer's; ``threads``, ``ranks``, ``software``: what the last bits of a sum may depend on. ``started_at``: wall
-    milliseconds.
+    milliseconds. ``max_ahead_seconds``: of the labels, None in headers older than the field.
     """
 
     run: int
@@ -61,6 +61,7 @@ class Run(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     software: dict[str, str]
     started_at: int
     ranks: int = 1
+    max_ahead_seconds: float | None = None
 
 
 class Batch(msgspec.Struct, frozen=True, array_like=True):

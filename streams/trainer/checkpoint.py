@@ -2,7 +2,8 @@
 
 ``step-00001234/`` holds safetensors files, ``state.json``, ``progressive.json`` and ``manifest.json`` with the
 checksum of each file. No pickles. A checkpoint that does not match its manifest is skipped with a warning and the one
-before it serves.
+before it serves. One that cannot be read just now, or that other software made, is not damaged: that is an error, since
+going on without it would in the end remove it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import structlog
@@ -35,6 +37,10 @@ _HOUR_MS = 3_600_000
 
 class CheckpointError(ValueError):
     """A checkpoint that is damaged or incomplete, or does not fit the settings; the message says how."""
+
+
+class OtherSoftwareError(CheckpointError):
+    """A checkpoint whose manifest is whole, and says what this software cannot read."""
 
 
 @dataclass(frozen=True)
@@ -123,20 +129,25 @@ class CheckpointStore:
         return uri
 
     def load_newest(self) -> Checkpoint | None:
-        """The newest valid checkpoint, None when there is none."""
+        """The newest valid checkpoint, None when there is none. Raises as ``load_at_most``."""
         return self.load_at_most(None)
 
     def load_at_most(
         self, step: int | None, wanted: Callable[[Manifest], bool] = lambda manifest: True
     ) -> Checkpoint | None:
-        """The newest valid checkpoint up to a step, of those that ``wanted`` says yes to."""
+        """The newest valid checkpoint up to a step, of those that ``wanted`` says yes to.
+
+        Raises OSError when one cannot be read, and OtherSoftwareError.
+        """
         for found in sorted(self.steps(), reverse=True):
             if step is not None and found > step:
                 continue
             try:
                 if wanted(self.manifest(found)):
                     return self.load(found)
-            except (CheckpointError, OSError) as error:
+            except OtherSoftwareError:
+                raise
+            except CheckpointError as error:
                 log.warning("checkpoint_skipped", step=found, path=self._storage.uri(_name(found)), why=str(error))
         return None
 
@@ -174,14 +185,16 @@ class CheckpointStore:
 
     def manifest(self, step: int) -> Manifest:
         """What a checkpoint says of itself. Raises CheckpointError when it is missing or damaged."""
+        data = self._read(step, _MANIFEST)
+        sound = _matches_its_checksum(data)
         try:
-            manifest = msgspec.json.decode(self._read(step, _MANIFEST), type=Manifest)
+            manifest = msgspec.json.decode(data, type=Manifest)
         except ValueError as error:
-            raise CheckpointError(f"{_MANIFEST}: {error}") from error
-        if manifest.format != FORMAT:
-            raise CheckpointError(f"format: {manifest.format}, this trainer reads {FORMAT}")
-        if manifest.checksum != manifest.own_checksum() or manifest.step != step:
+            raise self._other(step, str(error)) if sound else CheckpointError(f"{_MANIFEST}: {error}") from error
+        if not sound or manifest.step != step:
             raise CheckpointError(f"{_MANIFEST} does not match its own checksum")
+        if manifest.format != FORMAT:
+            raise self._other(step, f"format: {manifest.format}, this trainer reads {FORMAT}")
         return manifest
 
     def steps(self) -> list[int]:
@@ -190,18 +203,24 @@ class CheckpointStore:
         return sorted(int(number) for number in found if number.isdigit())
 
     def discard_after(self, step: int) -> None:
-        """Let go of all checkpoints of later steps, the newest first."""
-        for later in sorted((found for found in self.steps() if found > step), reverse=True):
+        """Let go of all checkpoints of later steps, the newest last: a restart takes it up until it is gone, then that
+        of ``step``, and never one between the two."""
+        for later in (found for found in self.steps() if found > step):
             self._storage.remove(_name(later), last=_MANIFEST)
 
     def _retain(self, saved: int) -> None:
-        # What lies beyond the step just saved was found damaged at the start; it must not crowd out good ones.
+        # What lies beyond the step just saved was found damaged at the start, or is what the start goes back behind; it
+        # must not crowd out good ones. It goes in the order of `discard_after`.
         present = [step for step in self.steps() if step <= saved]
         kept = set(present[-self._keep :])
         first_of_hour: dict[int, int] = {}
         if self._keep_hourly:
             for step in present:
-                first_of_hour.setdefault(self._hour(step), step)
+                try:
+                    first_of_hour.setdefault(self._hour(step), step)
+                except OSError as error:  # not damaged, as far as anyone can tell
+                    log.warning("checkpoint_unreadable", step=step, path=self._storage.uri(_name(step)), why=str(error))
+                    kept.add(step)
             newest = self._hour(saved)
             kept.update(step for hour, step in first_of_hour.items() if newest - self._keep_hourly < hour)
         for step in self.steps():
@@ -210,19 +229,35 @@ class CheckpointStore:
                 self._written_at.pop(step, None)
 
     def _hour(self, step: int) -> int:
-        """Since the epoch, in which a checkpoint was written; -1 of one that is damaged."""
+        """Since the epoch, in which a checkpoint was written; -1 of one that is damaged. Raises OSError."""
         if step not in self._written_at:
             try:
                 self._written_at[step] = self.manifest(step).written_at
-            except (CheckpointError, OSError):
+            except CheckpointError:
                 return -1
         return self._written_at[step] // _HOUR_MS
+
+    def _other(self, step: int, why: str) -> OtherSoftwareError:
+        return OtherSoftwareError(
+            f"{self._storage.uri(_name(step))}: made by other software: {why}. Start that, or go on without this "
+            "checkpoint: --start-from step-N of an older one, or earliest"
+        )
 
     def _read(self, step: int, file: str) -> bytes:
         try:
             return self._storage.read(f"{_name(step)}/{file}")
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise CheckpointError(f"{file} is missing") from error
+
+
+def _matches_its_checksum(manifest: bytes) -> bool:
+    """Whatever its fields are: a flipped bit in a name or in the format is not another software's manifest."""
+    try:
+        said = msgspec.json.decode(manifest, type=dict[str, Any])
+    except ValueError:
+        return False
+    unsealed = msgspec.json.encode({**said, "checksum": ""})
+    return bool(said.get("checksum") == sha256_hex(unsealed))
 
 
 def _name(step: int) -> str:

@@ -109,14 +109,10 @@ def _sound(label: Label) -> bool:
     items = set(shown.item)
     items.update(hidden.item)
     return bool(
-        label.request_id
-        and label.user_id
-        and label.revision >= 0
+        label.revision >= 0
         and len(shown.clicked) == len(shown.score) == m
         and len(hidden.score) == len(hidden.label) == len(hidden.confidence) == n
         and len(items) == m + n
-        and "" not in items
-        and "" not in label.history
     )
 
 
@@ -143,8 +139,6 @@ def _refusal(label: Label) -> Refused | None:
 
 
 def _check(label: Label) -> None:
-    if not label.request_id or not label.user_id:
-        raise Refused("invalid", f"request_id, user_id: {label.request_id!r}, {label.user_id!r}; neither may be empty")
     if label.revision < 0:
         raise Refused("invalid", f"revision: {label.revision}, at least 0 expected")
     exposed, unexposed = label.exposed, label.unexposed
@@ -155,10 +149,6 @@ def _check(label: Label) -> None:
     items = exposed.item + unexposed.item
     if len(set(items)) != len(items):
         raise Refused("invalid", "exposed.item, unexposed.item: an item stands twice; each has one label a request")
-    if "" in items:
-        raise Refused("invalid", "exposed.item, unexposed.item: an empty item id")
-    if "" in label.history:
-        raise Refused("invalid", f"history: {label.history.index('')}: an empty item id")
     _within("exposed.clicked", exposed.clicked, 0, 1)
     _within("exposed.score", [score for score in exposed.score if score is not None], -_SCORE_LIMIT, _SCORE_LIMIT)
     _within("unexposed.score", unexposed.score, -_SCORE_LIMIT, _SCORE_LIMIT)

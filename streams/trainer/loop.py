@@ -69,8 +69,10 @@ def serve(settings: Settings, stop: threading.Event, start_from: str, skip_to: s
     health = health_of(settings.metrics)
     with ExitStack() as opened:
         if group.rank == 0:
-            for name in ("checkpoints", "models"):
-                _hold(opened, name, getattr(settings.trainer, name))
+            own = settings.trainer
+            _hold(opened, "checkpoints", own.checkpoints)
+            if open_storage(own.models).uri("") != open_storage(own.checkpoints).uri(""):
+                _hold(opened, "models", own.models)
             _, close = metrics.serve(settings.metrics.host, settings.metrics.port, health)
             opened.callback(close)
         run(settings, stop, health, settings.trainer.journal, None, start_from, skip_to, group)
@@ -115,7 +117,7 @@ def run(
             while loop.round(stop.is_set()):
                 health.beat("trainer")
         except dead_letters.Halted as why:
-            # No checkpoint: a restarted trainer reads the batch with the refused record again.
+            # The checkpoint is of before its batch: a restarted trainer reads the refused record again.
             health.halt("trainer", str(why))
             log.error("halted", why=str(why))
             stop.wait()
@@ -152,12 +154,13 @@ class Loop:
         self._trainer = Trainer(own, frame, catalogue, evaluations=journal is not None, each=each)
         checkpoint = self._checkpoint(start)
         self._journal_length = 0 if checkpoint is None else self._trainer.restore(checkpoint)
+        self._journal: Journal | None = None
         self._dead: list[Any] = []
         self._guard = dead_letters.Guard(settings.dead_letters)
         with ExitStack() as opened:
-            self._journal = None
+            evaluations = None
             if self._leads and journal is not None:
-                self._journal = opened.enter_context(closing(Journal(journal, self._journal_length)))
+                evaluations = opened.enter_context(closing(Journal(journal)))
             vectors = ItemVectors(settings.kafka, frame, catalogue, self._group)
             self._vectors = opened.enter_context(closing(vectors))
             positions = self._positions(start, checkpoint)
@@ -170,8 +173,11 @@ class Loop:
         self._next_checkpoint = now + own.checkpoint_every_wall_seconds
         self._next_publication = now + own.publish_every_wall_seconds
         self._next_export = now
-        if self._leads:
-            self._begin(start, checkpoint)
+        # From here on the start is made, and all that it needs is there.
+        self._begin(start, checkpoint)
+        if evaluations is not None:
+            evaluations.cut(self._journal_length)
+            self._journal = evaluations
         log.info(
             "trainer_ready",
             rank=self._group.rank,
@@ -183,11 +189,21 @@ class Loop:
 
     def _begin(self, start: StartFrom, checkpoint: Checkpoint | None) -> None:
         parent = None if checkpoint is None else checkpoint.run
-        self._run = self._batches.begin(lambda number: self._header(number, parent, start)).run
+        if self._leads:
+            self._run = self._batches.begin(lambda number: self._header(number, parent, start)).run
+        if checkpoint is not None and start.skip_to is not None:
+            # The other positions become a step of their own, of no records: the checkpoint gone back to stays as it is.
+            self._trainer.train([])
+            self._written_down([])
+        if not self._leads:
+            return
         self._saved = -1 if checkpoint is None else checkpoint.step
         if start.kind in ("earliest", "time") or start.skip_to is not None:
-            self._saved = -1
-            self._save()  # a restart goes on from here, not from what was there before
+            self._save()
+        if start.kind != "latest":
+            # Behind the save, and the journal is cut behind this: whenever a kill comes, a restart goes on as if there
+            # had been no such start, or from here.
+            self._store.discard_after(self._saved)
         self._exported_step = self._trainer.step_count
 
     # What rank 0 decides, and the others are told
@@ -235,11 +251,14 @@ class Loop:
         before = dict(self._source.positions)
         records = self._source.take(self._settings.trainer.batch_records, WAIT_SECONDS)
         if records:
-            self._train(records)
-            if self._leads:
-                read, moved = ranges(before, self._source.positions), self._vectors.moved
-                self._batches.append(Batch(read, moved, self._trainer.loss))
-                self._vectors.settle()
+            try:
+                self._train(records)
+            except dead_letters.Halted:
+                self._source.positions = before
+                if self._leads:
+                    self._save()
+                raise
+            self._written_down(ranges(before, self._source.positions))
         if self._leads:
             self._do_what_is_due()
         return True
@@ -249,6 +268,12 @@ class Loop:
         if self._leads:
             self._publish()
             self._export()
+
+    def _written_down(self, read: list[tuple[int, int, int]]) -> None:
+        """The step just taken is the journal's next batch."""
+        if self._leads:
+            self._batches.append(Batch(read, self._vectors.moved, self._trainer.loss))
+            self._vectors.settle()
 
     def _do_what_is_due(self) -> None:
         now = time.monotonic()
@@ -351,4 +376,5 @@ class Loop:
             software=software(),
             started_at=int(time.time() * 1000),
             ranks=self._group.ranks,
+            max_ahead_seconds=self._settings.labels.max_ahead_seconds,
         )

@@ -114,22 +114,28 @@ def _base(
     root = lineage[0][0]
     if wanted is None:
         expired = [p for p, at in root.positions.items() if earliest.get(p, 0) > at]
-        pruned = root.parent is not None or (lineage[0][1] > 0 and not journal.holds(root.run, 1))
+        # At step 0 weights are new, also where an earlier run began with them and was let go of.
+        pruned = root.step > 0 or (lineage[0][1] > 0 and not journal.holds(root.run, 1))
         if not pruned and not expired:
             return None
         if from_log:
             raise RebuildError(
                 f"partitions {expired} of the labels no longer reach back to the beginning of its history"
                 if expired
-                else f"the journal no longer reaches back to the beginning of run {root.parent or root.run}, which its "
-                "history began with"
+                else f"run {root.run} of the journal goes on from step {root.step}, and nothing before it is there"
+                if root.step
+                else f"the journal no longer reaches back to the beginning of run {root.run}, which its history began "
+                "with"
             )
     candidates = store.steps() if wanted is None else [wanted]
     for step in candidates:
         try:
             manifest = store.manifest(step)
             last = next((last for run, last in lineage if run.run == manifest.run), -1)
-            lost = [p for p, at in manifest.positions.items() if earliest.get(p, 0) > at]
+            positions = manifest.positions
+            if manifest.run == root.parent and step == root.step:  # its run has no header (any more)
+                last, positions = step, root.positions
+            lost = [p for p, at in positions.items() if earliest.get(p, 0) > at]
             if step > lineage[-1][1]:
                 why = "is of a step after the model"
             elif step > last:
@@ -159,6 +165,7 @@ class _Replay:
         self._catalogue = Catalogue(frame.dim, frame.levels)
         self._view = CatalogueView(self._catalogue, frame.dim, frame.encoder, frame.quantiser)
         self._ranks = 1
+        self._ahead_seconds = 0.0
         self.trainer: Trainer
         self.positions: dict[int, int] = {}
         self.first_difference: int | None = None
@@ -180,15 +187,19 @@ class _Replay:
                 raise RebuildError(f"run {run.run} trained in the space {run.versions}, here is {self._frame.versions}")
             torch.set_num_threads(run.threads)
             self._ranks = run.ranks
+            ahead = run.max_ahead_seconds
+            self._ahead_seconds = self._settings.labels.max_ahead_seconds if ahead is None else ahead
             each = None if run.ranks == 1 else in_one_process(run.ranks)
             self.trainer = Trainer(self._settings_of(run), self._frame, self._catalogue, evaluations=False, each=each)
             if state is not None:
                 self.trainer.restore(state)
+            # Of a checkpoint that a run began with, the run says where: a backfill knows no positions.
+            at = base if base is not None and state is base and base.step > run.step else run
             if first:
-                self.positions = dict(run.positions if base is None else base.positions)
+                self.positions = dict(at.positions)
                 self._labels.seek(self.positions)
                 first = False
-            self._apply(run.vectors if state is not base or base is None else base.vectors)
+            self._apply(at.vectors)
             for step, batch in journal.batches(run.run, self.trainer.step_count, last):
                 self._train(step, batch)
                 if step % 256 == 0:
@@ -199,7 +210,7 @@ class _Replay:
     def _train(self, step: int, batch: Batch) -> None:
         self._apply(dict(batch.vectors))
         records = in_merge_order(self._labels.take(batch.labels))
-        read = intake.read_records(records, self._ranks, self._settings.labels.max_ahead_seconds)
+        read = intake.read_records(records, self._ranks, self._ahead_seconds)
         labels = [found for found in read if isinstance(found, Columns)]
         self.trainer.train(labels, intake.newest_source_at(records))
         self.positions.update({p: end for p, _, end in batch.labels})

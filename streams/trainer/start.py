@@ -10,7 +10,8 @@
 ones with the weights from before it.
 
 TIME is ISO 8601 (UTC where it names no zone) or ``ts=`` milliseconds since the epoch. All but ``latest`` discard the
-checkpoints that are newer than the place where they start, so that a restart goes on from there.
+checkpoints that are newer than the place where they start, so that a restart goes on from there: once all else that a
+start needs is there, and the place itself is saved.
 """
 
 from __future__ import annotations
@@ -49,18 +50,17 @@ class StartFrom:
         return cls("before" if before else "time", _time("start-from", text.removeprefix("before=")), text)
 
     def checkpoint(self, store: CheckpointStore) -> Checkpoint | None:
-        """The checkpoint to go on from, None to begin anew. Raises CheckpointError when the one that is named is
-        missing or damaged; the store is then unchanged."""
+        """The checkpoint to go on from, None to begin anew; the store stays as it is. Raises CheckpointError when the
+        one that is named is missing or damaged, and as ``load_at_most``."""
         if self.kind == "latest":
             return store.load_newest()
-        found: Checkpoint | None = None
         if self.kind == "step":
-            found = store.load(self.value)
-        elif self.kind == "before":
-            found = store.load_at_most(None, lambda manifest: manifest.written_at <= self.value)
-            if found is None:
-                raise CheckpointError(f"start-from: {self.text}: no valid checkpoint was written by then")
-        store.discard_after(-1 if found is None else found.step)
+            return store.load(self.value)
+        if self.kind != "before":
+            return None
+        found = store.load_at_most(None, lambda manifest: manifest.written_at <= self.value)
+        if found is None:
+            raise CheckpointError(f"start-from: {self.text}: no valid checkpoint was written by then")
         return found
 
 

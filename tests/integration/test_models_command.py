@@ -15,16 +15,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from gpl.catalogue import Catalogue
 from streams import kafka as clients
 from streams import models
 from streams.cli import app
 from streams.contracts import Exposed, ItemVector, Label, ModelUpdate, Provenance, Unexposed, encode
 from streams.frame import Frame
-from streams.settings import KafkaSettings, Settings, TrainerSettings
+from streams.settings import KafkaSettings, LabelSettings, Settings, TrainerSettings
 from streams.topics import full_name
 from streams.trainer import loop, rebuild
 from streams.trainer.checkpoint import CheckpointError, CheckpointStore
 from streams.trainer.publish import Announced
+from streams.trainer.trainer import Trainer
 from streams.views import vector_bytes
 
 DIM, ITEMS, USERS = 16, 80, 60
@@ -209,8 +211,10 @@ def test_nothing_is_published_while_the_labels_are_poison(
     assert set(site.reasons()) <= reasons and site.reasons()
     # The feed is put right: back to before the poison, past it, and models come again, without the poison in them.
     site.feed(300)
+    before = site.checkpoints.manifest(sound)
     with site.trainer(f"step-{sound}", skip_to=f"ts={over}"):
         until(site.trained)
+    assert site.checkpoints.manifest(sound) == before, "the place to go back to"
     manifest = models.read(site.serving().uri, site.serving().checksum).manifest
     assert (manifest.run, manifest.records) == (3, 900)
     assert rebuild.rebuild(site.settings, manifest.version, frame=FRAME).differing == []
@@ -254,6 +258,41 @@ def test_training_that_blows_up_stops_and_publishes_nothing(site: Site) -> None:
     with site.trainer():  # with the old settings it goes on from where it was sound
         until(site.trained)
     assert models.number_of(site.serving().version) > models.number_of(good.version)
+
+
+def test_the_model_after_a_backfill_is_made_again_from_its_checkpoint(site: Site) -> None:
+    catalogue = Catalogue(DIM, 1)
+    for n in range(ITEMS):
+        catalogue.put(f"i{n}", VECTORS[n], [n])
+    trainer = Trainer(site.settings.trainer, FRAME, catalogue)
+    for _ in range(10):
+        trainer.step([site.label() for _ in range(8)])
+    site.checkpoints.save(trainer.checkpoint({}, 0))  # as `gpl backfill`: of no run, at no positions
+    site.feed(200)
+    with site.trainer():
+        until(site.trained)
+    version = site.serving().version
+    made = rebuild.rebuild(site.settings, version, frame=FRAME)
+    assert (made.base, made.differing, made.first_difference) == (10, [], None)
+    assert sum(made.candidate.positions.values()) == 200
+    with pytest.raises(rebuild.RebuildError, match="goes on from step 10"):
+        rebuild.rebuild(site.settings, version, from_log=True, frame=FRAME)
+
+
+def test_a_first_run_without_a_batch_and_other_settings_since_are_no_obstacle_to_a_rebuild(site: Site) -> None:
+    with site.trainer("earliest"):  # and stopped before there is anything to train on
+        until(lambda: site.checkpoints.steps() == [0])
+    in_200_s = int(time.time() * 1000) + 200_000
+    site.feed(40)
+    site.feed(20, lambda label: msgspec.structs.replace(label, ts=in_200_s))
+    site.feed(40)
+    with site.trainer():
+        until(site.trained)
+    version = site.serving().version
+    assert site.store.manifest(version)[0].run == 2
+    stricter = site.settings.model_copy(update={"labels": LabelSettings(max_ahead_seconds=0)})
+    made = rebuild.rebuild(stricter, version, from_log=True, frame=FRAME)
+    assert (made.differing, made.first_difference) == ([], None)
 
 
 def run(site: Site, tmp_path: Path, *arguments: str, code: int = 0) -> str:

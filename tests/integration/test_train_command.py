@@ -99,8 +99,8 @@ def test_one_trainer_a_directory_and_settings_that_fit_it(config: Path, tmp_path
         assert first.popen.poll() is None, first.log.read_text()[-4000:]
     finally:
         first.kill()
-    # The kernel has let go of the directory.
-    trainer = start("third")
+    # The kernel has let go of the directory. One for both is held once.
+    trainer = start("third", GPL_TRAINER__MODELS=f"{tmp_path}/deep/../checkpoints")
     try:
         wait_for("the next trainer", trainer.ready)
     finally:

@@ -6,6 +6,7 @@ import multiprocessing
 import random
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -21,14 +22,14 @@ from streams import kafka as clients
 from streams import models
 from streams.contracts import Exposed, ItemVector, Label, ModelUpdate, Provenance, Unexposed, decode, encode
 from streams.frame import Frame
-from streams.log_view import LogView
+from streams.log_view import LogView, TopicMissingError
 from streams.metrics import Health
 from streams.scoring.scorer import Scorer
-from streams.settings import KafkaSettings, Settings, TrainerSettings
+from streams.settings import DeadLetterSettings, KafkaSettings, Settings, TrainerSettings
 from streams.storage import open_storage
 from streams.topics import full_name
 from streams.trainer.batch_journal import BatchJournal
-from streams.trainer.checkpoint import Checkpoint, CheckpointStore
+from streams.trainer.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from streams.trainer.group import Alone, Processes
 from streams.trainer.loop import run
 from streams.trainer.rebuild import RebuildError, rebuild
@@ -254,13 +255,15 @@ def final(settings: Settings) -> Checkpoint:
 
 
 @contextmanager
-def running(settings: Settings, health: Health, start_from: str = "latest") -> Iterator[None]:
+def running(
+    settings: Settings, health: Health, start_from: str = "latest", journal: Path | None = None
+) -> Iterator[None]:
     """A trainer in a thread, stopped and joined at the end. Raises what it raised."""
     stop, failures = threading.Event(), []
 
     def train() -> None:
         try:
-            run(settings, stop, health, frame=FRAME, start_from=start_from)
+            run(settings, stop, health, journal, FRAME, start_from)
         except BaseException as error:
             failures.append(error)
 
@@ -532,6 +535,74 @@ def test_start_from_goes_back_and_models_of_both_histories_can_be_made_again(top
     assert rebuild(settings, anew, frame=FRAME).differing == []
     assert models.ModelStore(settings.trainer.models).manifest(anew)[0].records == total
     assert train(5, "2100-01-01") == anew  # nothing is that new, so nothing was trained on
+
+
+def test_a_start_that_fails_leaves_all_as_it_was_and_one_anew_keeps_the_old_evaluations(
+    topics: Topics, tmp_path: Path
+) -> None:
+    settings = settings_of(topics.kafka, tmp_path, keep_checkpoints=50, checkpoint_every_wall_seconds=0.05)
+    rng = np.random.default_rng(2)
+    lines = tmp_path / "evaluations.jsonl"
+
+    aside = tmp_path / "evaluations.jsonl.before-1"
+
+    def train(total: int, start_from: str = "latest") -> None:
+        with running(settings, Health(), start_from, lines):
+            until(lambda: aside.exists() or start_from == "latest")
+            until(lambda: saved(settings.trainer.checkpoints) == total)
+
+    for count in (40, 80):
+        for n in range(count - 40, count):
+            topics.label(label(n, rng))
+        topics.producer.flush()
+        train(count)
+    store = CheckpointStore(settings.trainer.checkpoints, 50)
+    steps, written = store.steps(), lines.read_bytes()
+
+    def fails(error: type[Exception], start_from: str, **changed: Any) -> None:
+        with pytest.raises(error):
+            run(settings.model_copy(update=changed), threading.Event(), None, lines, FRAME, start_from)
+        assert (store.steps(), lines.read_bytes()) == (steps, written)
+
+    wider = settings.trainer.model_copy(update={"dim": 16})
+    fails(CheckpointError, f"step-{steps[0]}", trainer=wider)
+    elsewhere = topics.kafka.model_copy(update={"prefix": f"{topics.kafka.prefix}-none"})
+    for start_from in (f"step-{steps[0]}", "earliest"):
+        fails(TopicMissingError, start_from, kafka=elsewhere)
+
+    train(80, "earliest")
+    assert aside.read_bytes() == written
+    shown = [json.loads(line)["request_id"] for line in lines.read_text().splitlines() if '"score"' in line]
+    assert len(set(shown)) == 80
+
+
+def test_each_start_gets_past_more_bad_labels(topics: Topics, tmp_path: Path) -> None:
+    settings = settings_of(
+        topics.kafka, tmp_path, checkpoint_every_wall_seconds=1000, publish_every_wall_seconds=1000
+    ).model_copy(update={"dead_letters": DeadLetterSettings(max_consecutive=10, max_ratio=1)})
+    rng = np.random.default_rng(4)
+    for n in range(50):
+        if n == 20:
+            for _ in range(25):
+                topics.send("labels", "u1", b"{", partition=0)
+        topics.label(label(n, rng), partition=0)
+    topics.producer.flush()
+
+    def halts(**changed: float) -> bool:
+        health, own = Health(), settings.trainer.model_copy(update=changed)
+        with running(settings.model_copy(update={"trainer": own}), health, journal=tmp_path / "evaluations.jsonl"):
+            until(lambda: bool(health.halted()) or saved(own.checkpoints) == 75)
+        return bool(health.halted())
+
+    # Ten are let go by, and the batches of four before the eleventh are kept.
+    for after in (28, 36):
+        assert halts() and saved(settings.trainer.checkpoints) == after
+    assert not halts(checkpoint_every_wall_seconds=0.1)
+    shown = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    counts = Counter(line["request_id"] for line in shown if line["kind"] == "score")
+    assert counts == {f"r{n}": 4 for n in range(50)}
+    origins = [dict(record.headers)["gpl-offset"] for record in topics.read("dead-letters")]
+    assert {int(at) for at in origins} == set(range(20, 45))
 
 
 # From labels to served scores

@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from streams.storage import Storage, open_storage
 from streams.trainer import batch_journal
 from streams.trainer.batch_journal import Batch, BatchJournal, JournalError, Run, ranges, software
-from streams.trainer.checkpoint import CheckpointStore
+from streams.trainer.checkpoint import Checkpoint, CheckpointStore
 from streams.trainer.rebuild import RebuildError, _base
 
 
@@ -136,6 +137,47 @@ def test_a_rebuild_does_not_begin_with_what_the_journal_has_let_go_of(storage: S
         _base(store, journal, lineage, None, True, {})
     with pytest.raises(RebuildError, match="no checkpoint"):
         _base(store, journal, lineage, None, False, {})
+
+
+def saved(store: CheckpointStore, step: int, run: int) -> None:
+    store.save(Checkpoint(step, run, {}, {}, {"model": {"w": torch.zeros(1)}}, b"{}", {}, {}, 0))
+
+
+@pytest.mark.parametrize("parent", [0, 1])
+def test_a_history_begins_from_the_checkpoint_that_its_first_run_took_up(storage: Storage, parent: int) -> None:
+    """Of a backfill (run 0, without a journal), or of a run whose header was let go of."""
+    store, journal = CheckpointStore(storage, keep=9), BatchJournal(storage)
+    if parent:
+        begin(journal)
+    run = begin(journal, parent, 8).run
+    write(journal, 9, 12)
+    storage.remove("journal/000001.json") if parent else None
+    for step, of in ((7, parent), (8, parent), (9, parent), (12, run)):
+        saved(store, step, of)
+    lineage = journal.lineage(run, 12)
+    for wanted in (None, 8):
+        found = _base(store, journal, lineage, wanted, False, {0: 0})
+        assert found is not None and (found.step, found.run) == (8, parent)
+    for step in (7, 9):
+        with pytest.raises(RebuildError, match=f"step-{step}: is of run {parent}, which is not in"):
+            _base(store, journal, lineage, step, False, {})
+    # The backfill knows no positions; those of the run's start count.
+    with pytest.raises(RebuildError, match=r"step-8: goes on from records that partitions \[0\]"):
+        _base(store, journal, lineage, 8, False, {0: 1})
+    with pytest.raises(RebuildError, match=f"run {run} of the journal goes on from step 8"):
+        _base(store, journal, lineage, None, True, {})
+
+
+def test_at_step_0_a_history_begins_whatever_run_began_there_before(storage: Storage) -> None:
+    journal = BatchJournal(storage)
+    begin(journal)
+    second = BatchJournal(storage)
+    begin(second, 1, 0)  # the first was killed before its first batch
+    write(second, 1, 3)
+    second.prune(days=5)
+    lineage = second.lineage(2, 3)
+    assert [run.run for run, _ in lineage] == [2]
+    assert _base(CheckpointStore(storage, keep=1), second, lineage, None, True, {}) is None
 
 
 @given(st.dictionaries(st.integers(0, 5), st.tuples(st.integers(0, 50), st.integers(0, 9)), min_size=1))

@@ -21,8 +21,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
+from streams.durable import sha256_hex
 from streams.storage import Storage, open_storage
-from streams.trainer.checkpoint import Checkpoint, CheckpointError, CheckpointStore, Manifest
+from streams.trainer.checkpoint import Checkpoint, CheckpointError, CheckpointStore, OtherSoftwareError
 
 
 def checkpoint(step: int) -> Checkpoint:
@@ -114,9 +115,9 @@ def rewrite(storage: Storage, file: str, change: Callable[[bytes], bytes]) -> No
 def manifest_with(storage: Storage, change: Callable[[dict[str, Any]], None]) -> None:
     document = json.loads(storage.read(f"{STEP}/manifest.json"))
     change(document)
-    manifest = msgspec.json.decode(json.dumps(document), type=Manifest)
-    sealed = msgspec.structs.replace(manifest, checksum=manifest.own_checksum())
-    storage.put(f"{STEP}/manifest.json", msgspec.json.encode(sealed))
+    document["checksum"] = ""
+    document["checksum"] = sha256_hex(msgspec.json.encode(document))
+    storage.put(f"{STEP}/manifest.json", msgspec.json.encode(document))
 
 
 def flip(data: bytes) -> bytes:
@@ -135,8 +136,10 @@ def flip(data: bytes) -> bytes:
         (lambda s: s.put(f"{STEP}/manifest.json", b'{"step": '), "manifest.json: "),
         (lambda s: s.put(f"{STEP}/manifest.json", b'{"step": "x"}'), "manifest.json: "),
         (lambda s: s.put(f"{STEP}/manifest.json", b""), "manifest.json: "),
-        (lambda s: manifest_with(s, lambda m: m.update(format=99)), "format: 99"),
         (lambda s: manifest_with(s, lambda m: m.update(step=3)), "own checksum"),
+        # One flipped bit makes another format, or a field of another name: no other software's manifest.
+        (lambda s: rewrite(s, "manifest.json", lambda data: data.replace(b'"format": 2', b'"format": 3')), "checksum"),
+        (lambda s: rewrite(s, "manifest.json", lambda data: data.replace(b'"run"', b'"rul"')), "manifest.json: "),
         (lambda s: rewrite(s, "manifest.json", lambda data: data.replace(b": 20", b": 21")), "own checksum"),
         (lambda s: manifest_with(s, lambda m: m["files"].pop("state.json")), "names no state.json"),
         (lambda s: s.remove(STEP) or s.put(f"{STEP}/model.safetensors", b"half"), "manifest.json is missing"),
@@ -154,6 +157,64 @@ def test_a_damaged_checkpoint_is_skipped_with_its_reason(
     (warning,) = logs
     assert warning["log_level"] == "warning" and warning["step"] == 2
     assert why in warning["why"]
+
+
+@pytest.mark.parametrize("change", [{"format": 99}, {"a_new_field": [1]}])
+def test_a_checkpoint_of_other_software_is_not_passed_over(storage: Storage, change: dict[str, Any]) -> None:
+    store = CheckpointStore(storage, keep=3)
+    store.save(checkpoint(1))
+    store.save(checkpoint(2))
+    manifest_with(storage, lambda m: m.update(change))
+    for asked in (store.load_newest, lambda: store.load(2)):
+        with pytest.raises(OtherSoftwareError, match=r"step-00000002: made by other software: .*--start-from step-N"):
+            asked()
+    assert_same(store.load(1), checkpoint(1))
+    # Behind a newer one it is in nobody's way.
+    store.save(checkpoint(3))
+    assert_same(store.load_newest(), checkpoint(3))
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "model.safetensors"])
+def test_what_cannot_be_read_is_neither_passed_over_nor_let_go_of(tmp_path: Path, file: str) -> None:
+    def store(minute: int) -> CheckpointStore:
+        return CheckpointStore(tmp_path, keep=1, keep_hourly=2, clock=lambda: 1_700_000_000.0 + 60 * minute)
+
+    store(0).save(checkpoint(2))
+    path = tmp_path / STEP / file
+    path.rename(path.with_suffix(".away"))
+    path.symlink_to(path)  # whoever runs this: too many levels of symbolic links
+    with pytest.raises(OSError, match="symbolic links"):
+        store(1).load_newest()
+    store(1).save(checkpoint(3))
+    store(2).save(checkpoint(4))
+    path.unlink()
+    path.with_suffix(".away").rename(path)
+    assert_same(store(3).load(2), checkpoint(2))
+    assert store(3).steps() == ([2, 3, 4] if file == "manifest.json" else [2, 4])
+
+
+def test_a_kill_while_going_back_leaves_the_newest_or_none_after_it(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove = type(storage).remove
+    for goes_back in (lambda store: store.discard_after(1), lambda store: store.save(checkpoint(1))):
+        store = CheckpointStore(storage, keep=9)
+        for step in (1, 2, 3, 4):
+            store.save(checkpoint(step))
+        for allowed in range(4):
+            removed: list[str] = []
+
+            def dying(self: Any, name: str, last: str, allowed: int = allowed, removed: list[str] = removed) -> None:
+                if len(removed) == allowed:
+                    raise Dies
+                removed.append(name)
+                remove(self, name, last)
+
+            with monkeypatch.context() as patch, contextlib.suppress(Dies):
+                patch.setattr(type(storage), "remove", dying)
+                goes_back(store)
+            newest = store.load_newest()
+            assert newest is not None and newest.step == (1 if len(store.steps()) == 1 else 4)
 
 
 @given(st.data())

@@ -164,9 +164,15 @@ def test_a_sound_label_becomes_its_columns() -> None:
     ("path", "value", "field"),
     [
         (["request_id"], "", "request_id"),
+        # What is let in stays: in id tables, dedup window, probe, and so in checkpoints and models.
+        (["request_id"], "r" * 257, "request_id"),
+        (["user_id"], "u" * 257, "user_id"),
+        (["history"], ["i1", "i" * 257], "history"),
+        (["exposed", "item"], ["i1", "i" * 257], "exposed.item"),
+        (["unexposed", "item"], ["i" * 257], "unexposed.item"),
         (["revision"], -1, "revision"),
         (["ts"], -5, "ts"),
-        (["history"], ["i1", ""], "history: 1"),
+        (["history"], ["i1", ""], "history"),
         (["exposed", "clicked"], [2, 0], "exposed.clicked"),
         (["exposed", "clicked"], [1], "exposed.clicked"),
         (["exposed", "clicked"], [10**400, 0], "exposed.clicked"),
@@ -540,17 +546,31 @@ def test_the_tail_follows_the_exposures_counted_so_far(catalogue: Catalogue) -> 
 
 def test_the_journal_goes_back_to_what_the_checkpoint_knew(tmp_path: Path) -> None:
     path = tmp_path / "runs" / "journal.jsonl"
-    journal = Journal(path, 0)
+    journal = Journal(path)
+    journal.cut(0)
     journal.append([{"n": 1}, {"n": 2}])
     known = journal.sync()
     journal.append([{"n": 3}])
     journal.sync()
     journal.close()
-    resumed = Journal(path, known)
+    resumed = Journal(path)
+    resumed.cut(known)
     resumed.append([{"n": 4}])
     resumed.sync()
     resumed.close()
     assert [json.loads(line)["n"] for line in path.read_text().splitlines()] == [1, 2, 4]
+
+
+def test_the_journal_of_another_history_is_moved_aside(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    for n in range(3):
+        journal = Journal(path)
+        journal.cut(0)
+        journal.append([{"n": n}])
+        assert journal.sync() == path.stat().st_size == 8
+        journal.close()
+    found = {file.name: json.loads(file.read_text())["n"] for file in tmp_path.iterdir()}
+    assert found == {"journal.jsonl.before-1": 0, "journal.jsonl.before-2": 1, "journal.jsonl": 2}
 
 
 def test_checkpoint_carries_what_it_says(catalogue: Catalogue) -> None:
