@@ -32,7 +32,7 @@ def fit(
         artefacts = fit_directory(data, settings, seed, typer.echo, training)
         artefacts.save(target)
         shutil.rmtree(training, ignore_errors=True)
-    except (FileNotFoundError, FileExistsError, ValueError) as error:
+    except (FileNotFoundError, NotADirectoryError, FileExistsError, ValueError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
     typer.echo(f"artefacts written to {target}")
