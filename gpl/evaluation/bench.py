@@ -110,7 +110,8 @@ class Bench:
 
     def scorer(self, spec: AnchorSpec, config: Config) -> Scorer:
         """The product's labeller over one set of anchors."""
-        return Scorer(self.world.vectors if spec.centred else self.world.raw, self.anchors(spec), config)
+        vectors = self.world.vectors if spec.centred else self.world.raw
+        return Scorer(vectors, self.world.has_content, self.anchors(spec), config)
 
     def _made(self, spec: AnchorSpec) -> AnchorSets:
         # One seed for all worlds: where only exposures are drawn anew, histories, and so anchors, stay the same.

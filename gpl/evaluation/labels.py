@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gpl.evaluation.anchors import AnchorSets
-from gpl.evaluation.dataset import Floats, Ints
+from gpl.evaluation.dataset import Bools, Floats, Ints
 from gpl.evaluation.pairs import Pairs
 from gpl.labels import labeller
 from gpl.labels.calibration import NoCalibration, Platt
@@ -27,11 +27,13 @@ class PairLabels:
 
 
 class Scorer:
-    """Anchor scores of items (n, d) in the space that the anchors are of, with one configuration of the labeller."""
+    """Anchor scores of items (n, d) in the space that the anchors are of, with one configuration of the labeller.
 
-    def __init__(self, vectors: Floats, sets: AnchorSets, config: Config) -> None:
-        self._vectors, self._sets, self._config = vectors, sets, config
-        self._has_content = np.abs(vectors).sum(axis=1) > 0
+    ``has_content`` (n,): which items have a vector.
+    """
+
+    def __init__(self, vectors: Floats, has_content: Bools, sets: AnchorSets, config: Config) -> None:
+        self._vectors, self._has_content, self._sets, self._config = vectors, has_content, sets, config
 
     def matrix(self, cases: Ints) -> Floats:
         """(len(cases), n) scores of all items; NaN where a case has no anchors, or an item no content."""

@@ -150,14 +150,13 @@ class _Work:
         self.config, self.name, self.seed = config, name, seed
         self.dataset = open_dataset(name, config.truth)
         self._fingerprint = dataset_digest(self.dataset)
-        self._encoder_identity = _encoder(config, lambda _: None).identity
+        self._encoder = _encoder(config, lambda _: None)
         self._bench: Bench | None = None
 
     @property
     def bench(self) -> Bench:
         if self._bench is None:
-            encoder = _encoder(self.config, lambda _: None)
-            world = embedded_world(self.dataset, encoder, self.seed, self.config.upstream)
+            world = embedded_world(self.dataset, self._encoder, self.seed, self.config.upstream)
             self._bench = Bench(world, self.config.cache / "anchors", self.config.train)
         return self._bench
 
@@ -214,7 +213,7 @@ class _Work:
         if method.name == "gpl":
             modules.append("gpl.evaluation.reliability")
         config = self.config
-        parts = (self._fingerprint, self._encoder_identity, repr(config.train), repr(config.upstream))
+        parts = (self._fingerprint, self._encoder.identity, repr(config.train), repr(config.upstream))
         return _digest(*parts, code_digest(*sources(*modules)))
 
 

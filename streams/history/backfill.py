@@ -42,9 +42,9 @@ class _Keyed(msgspec.Struct):
     user_id: str
 
 
-class _Begun(msgspec.Struct):
-    """Of which data directory, on how many partitions. ``checkpoint``: checksum of the state of the one that is about
-    to be saved."""
+class _Marker(msgspec.Struct, omit_defaults=True):
+    """Of which data directory, on how many partitions, a backfill is. ``checkpoint``, until it is complete:
+    checksum of the state of the one that is about to be saved."""
 
     data: str
     partitions: int
@@ -80,7 +80,7 @@ def backfill(data: Path, out: Path, settings: Settings, processes: int, ray: boo
             raise FileNotFoundError(f"{data / name} does not exist")
     own = settings.trainer
     store = CheckpointStore(own.checkpoints, own.keep_checkpoints, own.keep_hourly_checkpoints)
-    begun, ours = _begun(out), _Begun(str(data.resolve()), settings.kafka.partitions)
+    begun, ours = _begun(out), _marker(data, settings)
     newest = store.load_newest()
     if newest is not None and (begun is None or begun.checkpoint != sha256_hex(newest.state)):
         raise BackfillError(f"trainer.checkpoints: {own.checkpoints} has checkpoints; a backfill makes the first one")
@@ -113,10 +113,10 @@ def backfill(data: Path, out: Path, settings: Settings, processes: int, ray: boo
     trainer = _train(out, settings, artefacts, catalogue)
     checkpoint = trainer.checkpoint(positions={}, journal=0)
     # Killed from here on, it is known by this whose the checkpoint is.
-    ours.checkpoint = sha256_hex(checkpoint.state)
-    storage.put(_BEGUN, msgspec.json.encode(ours))
+    saving = msgspec.structs.replace(ours, checkpoint=sha256_hex(checkpoint.state))
+    storage.put(_BEGUN, msgspec.json.encode(saving))
     where = store.save(checkpoint)
-    storage.put(_COMPLETE, _marker(data, settings))
+    storage.put(_COMPLETE, msgspec.json.encode(ours))
     storage.remove(_BEGUN)
     return Outcome(sum(d.labels for d in done), sum(d.users for d in done), refreshes, where, dict(checkpoint.metrics))
 
@@ -127,7 +127,7 @@ def is_complete(data: Path, out: Path, settings: Settings) -> bool:
     Says nothing of checkpoints: see ``has_checkpoints``.
     """
     marker = out / _COMPLETE
-    return marker.is_file() and marker.read_bytes() == _marker(data, settings)
+    return marker.is_file() and marker.read_bytes() == msgspec.json.encode(_marker(data, settings))
 
 
 def has_checkpoints(settings: Settings) -> bool:
@@ -135,16 +135,16 @@ def has_checkpoints(settings: Settings) -> bool:
     return bool(CheckpointStore(settings.trainer.checkpoints, keep=1).steps())
 
 
-def _begun(out: Path) -> _Begun | None:
+def _begun(out: Path) -> _Marker | None:
     """What a backfill that was not finished has left in ``out``."""
     path = out / _BEGUN
     if not path.is_file() or (out / _COMPLETE).is_file():
         return None
-    return msgspec.json.decode(path.read_bytes(), type=_Begun)
+    return msgspec.json.decode(path.read_bytes(), type=_Marker)
 
 
-def _marker(data: Path, settings: Settings) -> bytes:
-    return msgspec.json.encode({"data": str(data.resolve()), "partitions": settings.kafka.partitions})
+def _marker(data: Path, settings: Settings) -> _Marker:
+    return _Marker(str(data.resolve()), settings.kafka.partitions)
 
 
 def publish(out: Path, settings: Settings) -> dict[str, int]:
