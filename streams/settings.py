@@ -234,7 +234,11 @@ class TrainerSettings(Section):
     negatives: Literal["softmax", "pointwise"] = Field(
         "softmax", description="softmax ranks clicks above them; pointwise is milder to rare items"
     )
-    loss: Literal["listwise", "pointwise"] = Field("listwise", description="form of the pseudo-label loss")
+    loss: Literal["listwise", "pointwise"] = Field(
+        "listwise",
+        description="of pseudo-labels: a request's candidates in the order of their scores; or each by itself, "
+        "calibrated for its user and item, for sites where many of the exposed are clicked: with `negatives_weight` 0",
+    )
     personal: bool = Field(
         False, description="listwise labels teach taste alone, not how good items are; for users of many clicks"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,23 +16,30 @@ from gpl.evaluation.pairs import Columns, Pairs
 from gpl.evaluation.training import train
 from gpl.labels.evidence import Evidence, Reading
 from gpl.labels.labeller import Config, Matching
+from gpl.labels.mixed import MixedCalibration
 from gpl.preranker.batch import Batch
 from gpl.preranker.learner import Learner
 from gpl.preranker.loss import LossConfig
 
 _CHUNK = 256
-"""Requests that evidence takes in at a time: a request is judged by what earlier chunks told of its items."""
+"""Requests that are read at a time: evidence judges a request by what earlier chunks told of its items."""
 
 _FLAT = 1e-6
 """Log-odds a standard deviation of the anchor score: a step must be above 0."""
+
+Form = Literal["listwise", "personal", "pointwise", "paper"]
+"""How pseudo-labels teach: by the order of a request's candidates; the same of taste alone (``personal`` in
+`LossConfig`); each by itself, calibrated for its user and item (`MixedCalibration`); or, as in the paper, each by
+itself, calibrated by the anchor score alone, whatever the evidence."""
 
 
 @dataclass(frozen=True)
 class Parts:
     """What of GPL is on. ``weight``: lambda; ``negatives``, ``form``, ``source``: their weight, loss and where they are
-    from; ``personal`` as in `LossConfig`. ``sharpness`` of listwise labels: a standard deviation of the anchor score is
-    worth one unit of log-odds (full), what the evidence bears out (effect), or next to nothing, whoever the anchors
-    are for (flat). ``matching`` as in the labeller. A factor of confidence that is False is left out."""
+    from. ``sharpness`` of listwise labels: a standard deviation of the anchor score is worth one unit of log-odds
+    (full), what the evidence bears out (effect), or next to nothing, whoever the anchors are for (flat). Pointwise ones
+    are as sharp as feedback says; flat, they are calibrated without the score. ``matching`` as in the labeller. A
+    factor of confidence that is False is left out."""
 
     generator: Generator = "small-lm"
     matching: Matching = "max"
@@ -39,7 +47,7 @@ class Parts:
     negatives: float = 1.0
     form: Literal["softmax", "pointwise"] = "softmax"
     source: Source = "recalled"
-    personal: bool = False
+    pseudo: Form = "listwise"
     sharpness: Literal["full", "effect", "flat"] = "full"
     centred: bool = True
     downsample: bool = True
@@ -69,15 +77,25 @@ def gpl(bench: Bench, parts: Parts) -> Scores:
     # No anchors or no content, no pseudo-labels: the product's records name no such unexposed candidates.
     kept = pairs.exposed | ~np.isnan(labels.score)
     pairs = pairs.keep(kept)
-    columns = Columns(labels.score[kept], labels.label[kept], labels.confidence[kept])
+    score, label = labels.score[kept], labels.label[kept]
+    if parts.pseudo == "pointwise":
+        given = np.full_like(score, np.nan) if parts.sharpness == "flat" else score
+        request = np.repeat(np.arange(len(pairs)), np.diff(pairs.offsets))
+        label = mixed_calibration(pairs, given).label(pairs.user + 1, pairs.item + 1, request, given)
+    columns = Columns(score, label, labels.confidence[kept])
     loss = LossConfig(
-        pseudo_weight=parts.weight, negatives_weight=parts.negatives, negatives=parts.form, personal=parts.personal
+        "pointwise" if parts.pseudo in ("pointwise", "paper") else "listwise",
+        parts.weight,
+        parts.negatives,
+        parts.form,
+        personal=parts.pseudo == "personal",
     )
-    reading = evidence(pairs, columns.score)
+    reading = evidence(pairs, score)
+    weight = 1.0 if parts.pseudo == "paper" else reading.weight
     sharpness = {"full": 1.0, "effect": reading.sharpness, "flat": _FLAT}[parts.sharpness]
 
     def step(learner: Learner, batch: Batch, _: Ints) -> None:
-        learner.step(batch, bench.world.vectors, reading.weight, sharpness=sharpness)
+        learner.step(batch, bench.world.vectors, weight, sharpness=sharpness)
 
     return train(
         bench.world,
@@ -103,9 +121,22 @@ def evidence(pairs: Pairs, score: Floats) -> Reading:
     The whole log is read in its order, in chunks, as the trainer reads it.
     """
     found = Evidence()
+    for user, request, at in _chunks(pairs):
+        found.observe(user, pairs.item[at], request, score[at], pairs.exposed[at], pairs.clicked[at])
+    return found.read()
+
+
+def mixed_calibration(pairs: Pairs, score: Floats) -> MixedCalibration:
+    """What the log's feedback ends with, read as :func:`evidence` reads it. Rows are users and items, plus 1."""
+    calibration = MixedCalibration()
+    for user, request, at in _chunks(pairs):
+        calibration.observe(user + 1, pairs.item[at] + 1, request, score[at], pairs.exposed[at], pairs.clicked[at])
+    return calibration
+
+
+def _chunks(pairs: Pairs) -> Iterator[tuple[Ints, Ints, slice]]:
+    """Users (R,) of some requests, the request (P,) of each of their pairs, and where these are."""
     for start in range(0, len(pairs), _CHUNK):
         stop = min(start + _CHUNK, len(pairs))
         at = slice(int(pairs.offsets[start]), int(pairs.offsets[stop]))
-        request = np.repeat(np.arange(stop - start), np.diff(pairs.offsets[start : stop + 1]))
-        found.observe(pairs.user[start:stop], pairs.item[at], request, score[at], pairs.exposed[at], pairs.clicked[at])
-    return found.read()
+        yield pairs.user[start:stop], np.repeat(np.arange(stop - start), np.diff(pairs.offsets[start : stop + 1])), at

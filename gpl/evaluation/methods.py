@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -21,7 +22,8 @@ class Method:
 
     A method that is ``like`` another starts from the settings chosen for the other, changes ``settings``, and then
     searches its own grid. With several ``starts``, changes to that, it searches from each and takes the best found.
-    So GPL starts from the negatives that are best without pseudo-labels and from the stream's defaults.
+    So GPL starts from the negatives that are best without pseudo-labels, from the stream's defaults, and from
+    pointwise labels without negatives.
     """
 
     name: str
@@ -36,20 +38,27 @@ class Method:
     def tuned(self, base: Settings, score: Callable[[dict[str, Any]], float]) -> dict[str, Any]:
         """The settings with the highest ``score``, searched one setting after the other in the grid's order, starting
         from ``base`` and the fixed ones; where these leave the grid, from its first value."""
-        found = [self._climbed({**base, **self.settings, **start}, score) for start in self.starts]
+        known: dict[str, float] = {}  # starts may meet
+
+        def scored(settings: dict[str, Any]) -> float:
+            key = json.dumps(settings, sort_keys=True)
+            if key not in known:
+                known[key] = score(settings)
+            return known[key]
+
+        found = [self._climbed({**base, **self.settings, **start}, scored) for start in self.starts]
         return max(found, key=lambda of: of[0])[1]
 
     def _climbed(
         self, chosen: dict[str, Any], score: Callable[[dict[str, Any]], float]
     ) -> tuple[float, dict[str, Any]]:
         chosen |= {name: values[0] for name, values in self.grid.items() if chosen.get(name) not in values}
-        best: float | None = None
+        best = 0.0
         for name, values in self.grid.items():
-            tried = {value: {**chosen, name: value} for value in values}
-            scores = {v: best if best is not None and v == chosen[name] else score(s) for v, s in tried.items()}
+            scores = {value: score({**chosen, name: value}) for value in values}
             winner = max(scores, key=lambda value: scores[value])
-            chosen, best = tried[winner], scores[winner]
-        return best or 0.0, chosen
+            chosen, best = {**chosen, name: winner}, scores[winner]
+        return best, chosen
 
 
 def _anchor_alone(name: str, title: str, generator: Generator, grid: Mapping[str, tuple[Any, ...]] = {}) -> Method:
@@ -62,20 +71,20 @@ def _like(name: str, title: str, group: Group, **settings: Any) -> Method:
 
 _MATCHING = {"matching": ("max", "kernel")}
 _OFF = {"dispersion": False, "history": False, "generation": False}
-_NEGATIVES = {"weight": (1.0, 0.3, 3.0), "source": ("recalled", "uniform")}
+_NEGATIVES = {"weight": (1.0, 0.03, 0.3, 3.0), "source": ("recalled", "uniform")}
 _TAUGHT = {"weight": (1.0, 0.3), **_MATCHING}
 
 _FORM = {
     "source": ("recalled", "uniform"),
     "form": ("softmax", "pointwise"),
-    "negatives": (1.0, 0.2, 3.0, 10.0),
+    "negatives": (1.0, 0.02, 0.2, 3.0, 10.0),
     **_MATCHING,
 }
 _LABELS = {
-    "personal": (False, True),
+    "pseudo": ("listwise", "personal", "pointwise"),
     "sharpness": ("full", "effect"),
     "weight": (0.0, 0.1, 0.3, 1.0, 3.0, 10.0),
-    "negatives": (1.0, 0.2, 3.0, 10.0),
+    "negatives": (1.0, 0.0, 0.02, 0.2, 3.0, 10.0),
     "form": ("softmax", "pointwise"),
 }
 _LABELLED = {"weight": 1.0}
@@ -84,14 +93,15 @@ _STREAM = {
     "form": "softmax",
     "negatives": 0.2,
     "matching": "max",
-    "personal": False,
+    "pseudo": "listwise",
     "sharpness": "effect",
     "weight": 3.0,
 }
 """As `streams.settings` has it by default; the width and the steps of the model are the study's."""
-_STARTS: tuple[Settings, ...] = ({}, _STREAM)
+_POINTWISE = {"pseudo": "pointwise", "negatives": 0.0}
+_STARTS: tuple[Settings, ...] = ({}, _STREAM, {**_POINTWISE, "source": "uniform"})
 """What was chosen without pseudo-labels, and of which items; what the stream does by default, which labels what
-requests recalled and nothing else."""
+requests recalled and nothing else; labels in the place of negatives."""
 
 METHODS: tuple[Method, ...] = (
     Method("popularity", "Popularity", "untrained", untrained.popularity),
@@ -173,6 +183,21 @@ METHODS: tuple[Method, ...] = (
         "gpl",
         gpl_of,
         settings={"generator": "history", **_STREAM},
+    ),
+    Method(
+        "stream-pointwise",
+        "GPL as the stream trains with pointwise labels",
+        "gpl",
+        gpl_of,
+        settings={"generator": "history", **_STREAM, **_POINTWISE},
+    ),
+    Method(
+        "gpl-paper",
+        "GPL with the paper's loss: pointwise, labels by the score alone",
+        "gpl",
+        gpl_of,
+        {"weight": (1.0, 0.1, 0.3, 3.0), "source": ("recalled", "uniform"), **_MATCHING},
+        settings={"generator": "history", "pseudo": "paper", "negatives": 0.0},
     ),
     _like("gpl-lm", "GPL, small LM", "gpl", generator="small-lm"),
     _like("no-dispersion", "GPL without the dispersion factor", "ablation", dispersion=False),

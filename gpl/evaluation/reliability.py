@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gpl.evaluation.bench import Bench
-from gpl.evaluation.generative import Parts
+from gpl.evaluation.generative import Parts, mixed_calibration
 
 BINS = 10
 TOP = 20
@@ -17,10 +17,14 @@ TOP = 20
 
 def reliability(bench: Bench, settings: Mapping[str, Any]) -> list[dict[str, float]]:
     """Bins of equal size over the test users' ``TOP`` candidates each, least confident first: ``confidence`` and
-    ``label`` (means), ``relevant`` (share that truly is), ``pairs``. Empty where nobody has anchors."""
+    ``label`` (means, as they are trained on), ``relevant`` (share that truly is), ``pairs``. Empty where nobody has
+    anchors."""
     parts = Parts(**settings)
-    world, scorer = bench.world, bench.scorer(parts.spec, parts.labelling)
-    calibration = scorer.calibration(bench.pairs("recalled"), bench.cases.log)
+    world, scorer, pairs = bench.world, bench.scorer(parts.spec, parts.labelling), bench.pairs("recalled")
+    calibration = scorer.calibration(pairs, bench.cases.log)
+    mixed = None
+    if parts.pseudo == "pointwise":
+        mixed = mixed_calibration(pairs, bench.labels(parts.spec, parts.labelling, "recalled")[0].score)
     rows = []
     for user in bench.test.users.tolist():
         labelled = scorer.label_all(int(bench.cases.final[user]), calibration)
@@ -28,7 +32,10 @@ def reliability(bench: Bench, settings: Mapping[str, Any]) -> list[dict[str, flo
             items = np.flatnonzero(world.candidates(user) & world.has_content)
             best = items[np.argsort(-labelled.score[items], kind="stable")[:TOP]]
             good = np.isin(best, world.relevant[user])
-            rows.append(np.stack([labelled.confidence[best], labelled.label[best], good]))
+            label = labelled.label[best]
+            if mixed is not None:
+                label = mixed.label(np.array([user + 1]), best + 1, np.zeros(len(best), np.int64), labelled.score[best])
+            rows.append(np.stack([labelled.confidence[best], label, good]))
     if not rows:
         return []
     confidence, label, relevant = np.concatenate(rows, axis=1)

@@ -18,7 +18,8 @@ import torch
 from gpl.arrays import grown
 from gpl.catalogue import Catalogue
 from gpl.labels.evidence import Reading
-from gpl.labels.matching import Floats
+from gpl.labels.matching import Floats, Ints
+from gpl.labels.mixed import MixedCalibration
 from gpl.preranker.batch import Batch
 from gpl.preranker.division import Division, Each
 from gpl.preranker.ids import GrowingIds
@@ -31,7 +32,7 @@ from streams.frame import Frame
 from streams.settings import TrainerSettings
 from streams.trainer import probe
 from streams.trainer.batch import Prepared, Request, Rows, prepare
-from streams.trainer.calibration import CalibrationWindow
+from streams.trainer.calibration import MIN_EXPOSURES, CalibrationWindow
 from streams.trainer.checkpoint import Checkpoint, CheckpointError
 from streams.trainer.columns import Columns, columns
 from streams.trainer.dedup import DedupWindow, Trained
@@ -101,6 +102,7 @@ class Trainer:
         self._window = ProgressiveWindow(settings.window_records, list(self._learners))
         self._calibration = CalibrationWindow()
         self._evidence = SourcedEvidence()
+        self._mixed = MixedCalibration() if settings.loss == "pointwise" else None
         self._recent: deque[probe.Asked] = deque(maxlen=probe.REQUESTS)
         self._newest_at: int | None = None
         self.loss: float | None = None
@@ -135,6 +137,8 @@ class Trainer:
             np.add.at(self._exposures, exposed_rows, 1)
             self._calibration.add(batch.score[batch.exposed], batch.clicked[batch.exposed])
             self._evidence.observe(batch, sources)
+            if self._mixed is not None:
+                self._mixed.observe(*_pairs(batch), batch.exposed, batch.clicked)
             self._recent.extend(
                 probe.Asked(r.user_id, r.history, r.items[: probe.ITEMS], r.score[: probe.ITEMS])
                 for r in prepared.requests
@@ -183,6 +187,9 @@ class Trainer:
         tensors["window"] = window
         tensors["calibration"] = self._calibration.state()
         evidence_sources, tensors["evidence"] = self._evidence.state()
+        if self._mixed is not None:
+            mixed = self._mixed.state_arrays()
+            tensors["mixed"] = {name: torch.from_numpy(array.copy()) for name, array in mixed.items()}
         tensors["ids"] = {
             "users_seen": torch.from_numpy(users_seen),
             "items_seen": torch.from_numpy(items_seen),
@@ -239,6 +246,8 @@ class Trainer:
         self._window.restore(state.window, checkpoint.tensors["window"])
         self._calibration.restore(checkpoint.tensors["calibration"])
         self._evidence.restore(state.evidence_sources, checkpoint.tensors["evidence"])
+        if self._mixed is not None and (mixed := checkpoint.tensors.get("mixed")) is not None:
+            self._mixed.load_state_arrays({name: tensor.numpy() for name, tensor in mixed.items()})
         self._recent.clear()
         self._recent.extend(probe.asked(state.asked))
         self._tail = state.tail
@@ -346,13 +355,15 @@ class Trainer:
                 learner.forget(users, items)
             self._rows.forget()
             self._evidence.forget(items)
+            if self._mixed is not None:
+                self._mixed.forget(users, items)
             self._exposures[items] = 0
             metrics.IDS_FORGOTTEN.labels("users").inc(len(users))
             metrics.IDS_FORGOTTEN.labels("items").inc(len(items))
 
     def _train(self, batch: Batch, ranks: Sequence[int], sources: Sequence[str]) -> dict[str, Floats]:
         """Train every model on the batch, with the ranks and sources of its requests. Returns the logits (P,) that each
-        gave its pairs before that."""
+        gave its pairs before that. Pointwise labels are calibrated for their user and item, once enough was exposed."""
         content, logits = self._catalogue.vectors, {}
         division = None if self._each is None else Division(np.array(ranks, np.int64), self._each)
         # Of earlier batches: what this one teaches must not depend on its own clicks twice.
@@ -360,6 +371,9 @@ class Trainer:
         if self._settings.evidence:
             reading = self._evidence.read(sources)
             weight, sharpness = reading.weight, reading.sharpness
+        if self._mixed is not None and self._mixed.exposures >= MIN_EXPOSURES:
+            label = np.where(batch.exposed, np.float32(0), self._mixed.label(*_pairs(batch)))
+            batch = dataclasses.replace(batch, label=label)
         for name, learner in self._learners.items():
             exposed_only = learner.loss.scaled(weight).exposed_only  # its step leaves the unexposed pairs out
             if exposed_only:
@@ -392,6 +406,11 @@ class Trainer:
         content = self._catalogue.vectors[content_row] * known[:, None]
         rows, liked = self._items.rows(items), self._rows.history(history)
         return self._learners[MAIN].model.score(self._users.row(user), rows, content, score, liked), known
+
+
+def _pairs(batch: Batch) -> tuple[Ints, Ints, Ints, Floats]:
+    """Users by request, and of each pair its item, its request and its score."""
+    return batch.user_row, batch.item_row[batch.item], batch.request, batch.score
 
 
 _NO_ROWS = np.zeros(0, np.int64)

@@ -22,6 +22,7 @@ from streams.frame import Frame
 from streams.scoring.served import Served
 from streams.settings import TrainerSettings
 from streams.trainer import intake, probe
+from streams.trainer.calibration import MIN_EXPOSURES
 from streams.trainer.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from streams.trainer.columns import Columns, columns
 from streams.trainer.dedup import DedupWindow, Fresh
@@ -402,6 +403,47 @@ def test_evidence_lets_pseudo_labels_through_and_is_part_of_a_checkpoint(catalog
         train(each, labels)
     assert_equal(final(resumed), final(trainer))
     assert not torch.equal(final(without)["model.content"], final(trainer)["model.content"])
+
+
+def test_pointwise_labels_are_of_their_user_and_item_and_survive_a_restart(catalogue: Catalogue) -> None:
+    """Items of which some are clicked by everybody and some by nobody, whatever the anchors say."""
+    settings = SETTINGS.model_copy(update={"loss": "pointwise", "negatives_weight": 0.0, "evidence": False})
+    good = {f"i{n}": int(n % 2 == 0) for n in range(ITEMS)}
+    labels = [
+        label(f"r{n}", {i: good[i] for i in record.exposed.item}, record.unexposed.item, record.user_id, ts=1000 + n)
+        for n, record in enumerate(stream(480))
+    ]
+
+    def gap(trainer: Trainer) -> float:
+        """Log-odds by which the model has the good items above the others."""
+        nothing = np.full(ITEMS, np.nan, np.float32)
+        logits = np.mean([trainer._score(f"u{n}", [], list(good), nothing)[0] for n in range(USERS)], axis=0)
+        return float(logits[::2].mean() - logits[1::2].mean())
+
+    trainer = Trainer(settings, FRAME, catalogue)
+    train(trainer, labels[:320])
+    state = trainer.checkpoint({}, 0)
+    assert float(state.tensors["mixed"]["exposures"]) > MIN_EXPOSURES
+    resumed, published = Trainer(settings, FRAME, catalogue), Trainer(settings, FRAME, catalogue)
+    resumed.restore(state)
+    # Without its state labels are as they were published until enough was exposed: the test can fail.
+    published.restore(dataclasses.replace(state, tensors={n: t for n, t in state.tensors.items() if n != "mixed"}))
+    for each in (trainer, resumed, published):
+        train(each, labels[320:])
+    assert_equal(final(resumed), final(trainer))
+    assert gap(trainer) > gap(published) + 0.05
+    rows = trainer._items.rows(list(good))
+    value = trainer.checkpoint({}, 0).tensors["mixed"]["items"][rows, 0]
+    assert float(value[::2].min()) > float(value[1::2].max()) + 2
+
+
+def test_labels_of_user_and_item_are_forgotten_with_their_rows(catalogue: Catalogue) -> None:
+    trainer = Trainer(SETTINGS.model_copy(update={"loss": "pointwise", "max_items": ITEMS - 5}), FRAME, catalogue)
+    train(trainer, stream(160))
+    tensors = trainer.checkpoint({}, 0).tensors
+    exposures = tensors["ids"]["exposures"][1:]
+    known = tensors["mixed"]["items"][1:, 1] > 0
+    assert torch.equal(known, exposures[: len(known)] > 0)
 
 
 def test_every_batch_is_scored_before_it_is_trained_on(catalogue: Catalogue) -> None:
