@@ -51,7 +51,13 @@ class StartFrom:
 
     def checkpoint(self, store: CheckpointStore) -> Checkpoint | None:
         """The checkpoint to go on from, None to begin anew; the store stays as it is. Raises CheckpointError when the
-        one that is named is missing or damaged, and as ``load_at_most``."""
+        one that is named is missing or damaged, or one that is looked at cannot be read."""
+        try:
+            return self._checkpoint(store)
+        except OSError as error:
+            raise CheckpointError(f"{error}; it may pass, or --start-from step-N reads that one alone") from error
+
+    def _checkpoint(self, store: CheckpointStore) -> Checkpoint | None:
         if self.kind == "latest":
             return store.load_newest()
         if self.kind == "step":

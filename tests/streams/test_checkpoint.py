@@ -24,6 +24,7 @@ from structlog.testing import capture_logs
 from streams.durable import sha256_hex
 from streams.storage import Storage, open_storage
 from streams.trainer.checkpoint import Checkpoint, CheckpointError, CheckpointStore, OtherSoftwareError
+from streams.trainer.start import StartFrom
 
 
 def checkpoint(step: int) -> Checkpoint:
@@ -185,6 +186,8 @@ def test_what_cannot_be_read_is_neither_passed_over_nor_let_go_of(tmp_path: Path
     path.symlink_to(path)  # whoever runs this: too many levels of symbolic links
     with pytest.raises(OSError, match="symbolic links"):
         store(1).load_newest()
+    with pytest.raises(CheckpointError, match="symbolic links.*--start-from step-N"):
+        StartFrom.parse("latest").checkpoint(store(1))
     store(1).save(checkpoint(3))
     store(2).save(checkpoint(4))
     path.unlink()
