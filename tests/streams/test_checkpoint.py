@@ -186,7 +186,7 @@ def test_what_cannot_be_read_is_neither_passed_over_nor_let_go_of(tmp_path: Path
     path.symlink_to(path)  # whoever runs this: too many levels of symbolic links
     with pytest.raises(OSError, match="symbolic links"):
         store(1).load_newest()
-    with pytest.raises(CheckpointError, match="symbolic links.*--start-from step-N"):
+    with pytest.raises(CheckpointError, match=r"symbolic links.*--start-from step-N"):
         StartFrom.parse("latest").checkpoint(store(1))
     store(1).save(checkpoint(3))
     store(2).save(checkpoint(4))
