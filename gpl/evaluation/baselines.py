@@ -95,23 +95,29 @@ def inverse_propensity(bench: Bench, generator: Generator | None, clip: float, m
     return _fit(bench, "recalled", columns, scores_of, step)
 
 
-def distillation(bench: Bench, generator: Generator | None, weight: float, matching: Matching = "max") -> Scores:
+def distillation(
+    bench: Bench, generator: Generator | None, weight: float, matching: Matching = "max", source: Source = "recalled"
+) -> Scores:
     """The probabilities of a ranker trained on exposures are the labels of what was not exposed."""
-    return _taught(bench, generator, matching, weight, teachers=1)
+    return _taught(bench, generator, matching, weight, source, teachers=1)
 
 
-def self_training(bench: Bench, generator: Generator | None, weight: float, matching: Matching = "max") -> Scores:
+def self_training(
+    bench: Bench, generator: Generator | None, weight: float, matching: Matching = "max", source: Source = "recalled"
+) -> Scores:
     """Distillation from several rankers, and the less they agree, the less a label weighs.
 
     After UKD (Yan et al. 2022): weight exp(-KL), the mean divergence of the rankers from their mean.
     """
-    return _taught(bench, generator, matching, weight, teachers=_TEACHERS)
+    return _taught(bench, generator, matching, weight, source, teachers=_TEACHERS)
 
 
-def _taught(bench: Bench, generator: Generator | None, matching: Matching, weight: float, teachers: int) -> Scores:
-    columns, scores_of = _inputs(bench, generator, matching, "recalled")
+def _taught(
+    bench: Bench, generator: Generator | None, matching: Matching, weight: float, source: Source, teachers: int
+) -> Scores:
+    columns, scores_of = _inputs(bench, generator, matching, source)
     seeds = [bench.seed * _TEACHERS + t for t in range(teachers)]
-    every = np.stack([teach(bench.world, bench.pairs("recalled"), columns.score, seed) for seed in seeds])
+    every = np.stack([teach(bench.world, bench.pairs(source), columns.score, seed) for seed in seeds])
     label = every.mean(axis=0).astype(np.float32)
     confidence = np.exp(-_divergence(every, label)).astype(np.float32)
 
@@ -125,7 +131,7 @@ def _taught(bench: Bench, generator: Generator | None, matching: Matching, weigh
             total = total + weight * (terms[~exposed] * certainty).sum() / certainty.sum()
         learner.update(total)
 
-    return _fit(bench, "recalled", Columns(columns.score, label, confidence), scores_of, step)
+    return _fit(bench, source, Columns(columns.score, label, confidence), scores_of, step)
 
 
 def _divergence(every: Floats, mean: Floats) -> Floats:

@@ -24,13 +24,17 @@ from gpl.preranker.loss import LossConfig
 _CHUNK = 256
 """Requests that are read at a time: evidence judges a request by what earlier chunks told of its items."""
 
+SOURCE = "anchors"
+"""Of a study's scores, as the calibration names it."""
+
 _FLAT = 1e-6
 """Log-odds a standard deviation of the anchor score: a step must be above 0."""
 
-Form = Literal["listwise", "personal", "pointwise", "paper"]
+Form = Literal["listwise", "personal", "pointwise", "paper", "feedback"]
 """How pseudo-labels teach: by the order of a request's candidates; the same of taste alone (``personal`` in
-`LossConfig`); each by itself, calibrated for its user and item (`MixedCalibration`); or, as in the paper, each by
-itself, calibrated by the anchor score alone, whatever the evidence."""
+`LossConfig`); each by itself, calibrated for its user and item (`MixedCalibration`); as in the paper, each by itself,
+calibrated by the anchor score alone, whatever the evidence; or each by itself by what feedback says of user and item,
+without anchors, their evidence or their confidence: a rival."""
 
 
 @dataclass(frozen=True)
@@ -77,21 +81,22 @@ def gpl(bench: Bench, parts: Parts) -> Scores:
     # No anchors or no content, no pseudo-labels: the product's records name no such unexposed candidates.
     kept = pairs.exposed | ~np.isnan(labels.score)
     pairs = pairs.keep(kept)
-    score, label = labels.score[kept], labels.label[kept]
-    if parts.pseudo == "pointwise":
-        given = np.full_like(score, np.nan) if parts.sharpness == "flat" else score
-        request = np.repeat(np.arange(len(pairs)), np.diff(pairs.offsets))
-        label = mixed_calibration(pairs, given).label(pairs.user + 1, pairs.item + 1, request, given)
-    columns = Columns(score, label, labels.confidence[kept])
+    score, label, confidence = labels.score[kept], labels.label[kept], labels.confidence[kept]
+    if parts.pseudo in ("pointwise", "feedback"):
+        without = parts.pseudo == "feedback" or parts.sharpness == "flat"
+        label = mixed_labels(pairs, np.full_like(score, np.nan) if without else score, label)
+    if parts.pseudo == "feedback":
+        confidence = np.ones_like(confidence)
+    columns = Columns(score, label, confidence)
     loss = LossConfig(
-        "pointwise" if parts.pseudo in ("pointwise", "paper") else "listwise",
+        "listwise" if parts.pseudo in ("listwise", "personal") else "pointwise",
         parts.weight,
         parts.negatives,
         parts.form,
         personal=parts.pseudo == "personal",
     )
     reading = evidence(pairs, score)
-    weight = 1.0 if parts.pseudo == "paper" else reading.weight
+    weight = 1.0 if parts.pseudo in ("paper", "feedback") else reading.weight
     sharpness = {"full": 1.0, "effect": reading.sharpness, "flat": _FLAT}[parts.sharpness]
 
     def step(learner: Learner, batch: Batch, _: Ints) -> None:
@@ -127,11 +132,26 @@ def evidence(pairs: Pairs, score: Floats) -> Reading:
 
 
 def mixed_calibration(pairs: Pairs, score: Floats) -> MixedCalibration:
-    """What the log's feedback ends with, read as :func:`evidence` reads it. Rows are users and items, plus 1."""
+    """What the log's feedback ends with, read as :func:`evidence` reads it. Rows are users and items, plus 1; scores
+    are of one source, `SOURCE`, or none."""
     calibration = MixedCalibration()
     for user, request, at in _chunks(pairs):
-        calibration.observe(user + 1, pairs.item[at] + 1, request, score[at], pairs.exposed[at], pairs.clicked[at])
+        sources = [_source(score)] * len(user)
+        calibration.observe(
+            user + 1, pairs.item[at] + 1, request, score[at], sources, pairs.exposed[at], pairs.clicked[at]
+        )
     return calibration
+
+
+def mixed_labels(pairs: Pairs, score: Floats, other: Floats) -> Floats:
+    """(P,) labels by what the log's feedback ends with, ``other`` where that is too little."""
+    request, sources = np.repeat(np.arange(len(pairs)), np.diff(pairs.offsets)), [_source(score)] * len(pairs)
+    label = mixed_calibration(pairs, score).label(pairs.user + 1, pairs.item + 1, request, score, sources)
+    return np.where(np.isnan(label), other, label)
+
+
+def _source(score: Floats) -> str:
+    return "" if np.isnan(score).all() else SOURCE
 
 
 def _chunks(pairs: Pairs) -> Iterator[tuple[Ints, Ints, slice]]:

@@ -72,12 +72,12 @@ def _like(name: str, title: str, group: Group, **settings: Any) -> Method:
 _MATCHING = {"matching": ("max", "kernel")}
 _OFF = {"dispersion": False, "history": False, "generation": False}
 _NEGATIVES = {"weight": (1.0, 0.03, 0.3, 3.0), "source": ("recalled", "uniform")}
-_TAUGHT = {"weight": (1.0, 0.3), **_MATCHING}
+_TAUGHT = {"weight": (1.0, 0.1, 0.3, 3.0), "source": ("recalled", "uniform"), **_MATCHING}
 
 _FORM = {
     "source": ("recalled", "uniform"),
     "form": ("softmax", "pointwise"),
-    "negatives": (1.0, 0.02, 0.2, 3.0, 10.0),
+    "negatives": (1.0, 0.0, 0.02, 0.2, 3.0, 10.0),
     **_MATCHING,
 }
 _LABELS = {
@@ -166,6 +166,20 @@ METHODS: tuple[Method, ...] = (
         _TAUGHT,
         settings={"generator": "history"},
     ),
+    Method(
+        "feedback-labels",
+        "Labels by feedback on user and item, no anchors",
+        "pseudo-labels",
+        gpl_of,
+        {
+            "weight": (1.0, 0.1, 0.3, 3.0, 10.0),
+            "source": ("uniform", "recalled"),
+            "negatives": (0.0, 0.02, 0.2, 1.0),
+            "form": ("pointwise", "softmax"),
+            **_MATCHING,
+        },
+        settings={"generator": "history", "pseudo": "feedback"},
+    ),
     Method("gpl", "GPL", "gpl", gpl_of, {**_MATCHING, **_LABELS}, like="no-labels", settings=_LABELLED, starts=_STARTS),
     Method(
         "mean-labels",
@@ -206,8 +220,8 @@ METHODS: tuple[Method, ...] = (
     _like("no-confidence", "GPL without confidence", "ablation", **_OFF),
     _like("no-centring", "GPL without centring", "ablation", centred=False),
     _like("no-downsampling", "GPL, small LM, popular not thinned", "ablation", generator="small-lm", downsample=False),
-    _like("full-sharp", "GPL, labels as sharp as their anchors' scores", "ablation", sharpness="full"),
-    _like("effect-sharp", "GPL, labels as sharp as evidence bears out", "ablation", sharpness="effect"),
+    _like("full-sharp", "GPL, listwise labels as sharp as their anchors' scores", "ablation", sharpness="full"),
+    _like("effect-sharp", "GPL, listwise labels as sharp as evidence bears out", "ablation", sharpness="effect"),
     _like("flat-labels", "GPL, labels blind to anchors", "ablation", sharpness="flat"),
     *(_like(f"lambda-{w:g}", f"GPL, lambda {w:g}", "ablation", weight=w) for w in (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)),
     _like("shuffled", "GPL with anchors of other users", "control", shuffled=True),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gpl.evaluation.bench import Bench
-from gpl.evaluation.generative import Parts, mixed_calibration
+from gpl.evaluation.generative import SOURCE, Parts, mixed_calibration
 
 BINS = 10
 TOP = 20
@@ -17,8 +17,8 @@ TOP = 20
 
 def reliability(bench: Bench, settings: Mapping[str, Any]) -> list[dict[str, float]]:
     """Bins of equal size over the test users' ``TOP`` candidates each, least confident first: ``confidence`` and
-    ``label`` (means, as they are trained on), ``relevant`` (share that truly is), ``pairs``. Empty where nobody has
-    anchors."""
+    ``label`` (means; labels as the pointwise loss learns them), ``relevant`` (share that truly is), ``pairs``. Empty
+    where nobody has anchors."""
     parts = Parts(**settings)
     world, scorer, pairs = bench.world, bench.scorer(parts.spec, parts.labelling), bench.pairs("recalled")
     calibration = scorer.calibration(pairs, bench.cases.log)
@@ -34,7 +34,10 @@ def reliability(bench: Bench, settings: Mapping[str, Any]) -> list[dict[str, flo
             good = np.isin(best, world.relevant[user])
             label = labelled.label[best]
             if mixed is not None:
-                label = mixed.label(np.array([user + 1]), best + 1, np.zeros(len(best), np.int64), labelled.score[best])
+                own = mixed.label(
+                    np.array([user + 1]), best + 1, np.zeros(len(best), np.int64), labelled.score[best], [SOURCE]
+                )
+                label = np.where(np.isnan(own), label, own)
             rows.append(np.stack([labelled.confidence[best], label, good]))
     if not rows:
         return []

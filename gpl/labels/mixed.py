@@ -1,21 +1,23 @@
 """Calibration that knows user and item: Platt's scaling with an intercept of each, kept online. (ours)
 
-    logit P(click | u, i, s) = a + b z + m [no score] + alpha_u + beta_i,     z = (s - mean of s) / std of s
+    logit P(click | u, i, s) = a + b z + alpha_u + beta_i,     z = (s - mean of s) / std of s,     b >= 0
 
-fitted on exposed feedback, so actual and pseudo-labels share one scale for each user and item, too. Platt's scaling
-alone calls an item as good as its anchor score says; where feedback says more of the item than the score does (films
-that everybody rates well or badly), such labels teach the pre-ranker that all items are alike. ``alpha`` and ``beta``
-have normal priors around 0, so what was never exposed has the label of the average item with its score.
+fitted on exposed feedback; ``a``, ``b`` and the scale of ``s`` are of one source of scores, as another generator or
+matching scores otherwise. A pair without a score has ``z`` = 0, and what has no scores is a source of its own. Platt's
+scaling alone calls an item as good as its anchor score says; where feedback says more of the item than the score does
+(films that everybody rates well or badly), such labels teach the pre-ranker that all items are alike. ``alpha`` and
+``beta`` have normal priors around 0, so what was never exposed has the label of the average item with its score: the
+label of the middle one, which lies below the mean of many where clicks are rare.
 
-Each batch moves the parameters to the mode of their posterior, by Newton's method on one group of parameters after the
-other, with the information so far as the precision of the prior: the diagonal Laplace approximation of Chapelle and Li
-2011 ("An Empirical Evaluation of Thompson Sampling", algorithm 3). Information is held at a maximum, so that what is
-long past yields to what changed.
+Each batch moves the parameters towards the mode of their posterior, by Newton's method on one group of parameters
+after the other, with the information so far as the precision of the prior: the diagonal Laplace approximation of
+Chapelle and Li 2011 ("An Empirical Evaluation of Thompson Sampling", algorithm 3). Information is held at a maximum,
+so that what is long past yields to what changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -26,13 +28,19 @@ from gpl.labels.matching import Floats, Ints
 Array = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
+MIN_EXPOSURES = 1_000
+"""Exposed pairs with a score of a source below which there are no labels by it."""
+SOURCES = 5
+"""Kept: those used last, and what has no scores. Anchors of an old generator stay in force until their users come."""
+
 _PRECISION = 0.3  # of the prior of an intercept: a standard deviation of 1.8 in log-odds
-_FLAT = 1e-3  # of the prior of a, b and m
-_MAX_INFORMATION = 2_500.0  # of 10,000 exposures at even odds
+_COMMON = (1e-3, 1.0)  # of the priors of a and b
+_MAX_INFORMATION = 500.0  # of 2,000 exposures at even odds, or 17,000 of which 3% are clicked
 _SWEEPS = 4
-_MAX_MOVE = 2.0  # log-odds a Newton step: from far away it would overshoot
+_MOVES = (-2.0, 2.0)  # log-odds a Newton step: from far away it would overshoot
 _MIN_SPREAD = 1e-6
 _CAPACITY = 1024
+_SHAPES = {"users": (-1, 2), "items": (-1, 2), "sources": (-1, 7)}
 
 
 class MixedCalibration:
@@ -45,51 +53,74 @@ class MixedCalibration:
         # Columns: value, information beyond the prior's precision.
         self._users: Array = np.zeros((_CAPACITY, 2))
         self._items: Array = np.zeros((_CAPACITY, 2))
-        self._common: Array = np.zeros((3, 2))  # a, b, m
-        self._moments: Array = np.zeros(3)  # of exposed scores: count, mean, sum of squares about it
         self._rows = [0, 0]  # of users and items, as far as any was seen
-        self.exposures = 0
-        """Exposed pairs observed."""
+        # (7,): a, b; information of each; of exposed scores their count, mean, and sum of squares about it. The source
+        # used last comes last.
+        self._sources: dict[str, Array] = {}
 
     def observe(
-        self, user_row: Ints, item_row: Ints, request: Ints, score: Floats, exposed: Bools, clicked: Floats
+        self,
+        user_row: Ints,
+        item_row: Ints,
+        request: Ints,
+        score: Floats,
+        sources: Sequence[str],
+        exposed: Bools,
+        clicked: Floats,
     ) -> None:
-        """Take in R requests with P pairs: ``user_row`` (R,), all others (P,), ``request`` indexes ``user_row``;
-        ``clicked`` 0 or 1 where exposed, ``score`` NaN where there is none."""
+        """Take in R requests with P pairs: ``user_row`` and ``sources`` (R,), whose scores each has, "" without scores;
+        all others (P,), ``request`` indexes requests; ``clicked`` 0 or 1 where exposed, ``score`` NaN where none."""
         shown = np.flatnonzero(exposed)
         if len(shown) == 0:
             return
-        self.exposures += len(shown)
-        self._measure(score[shown])
+        names, source = np.unique(np.array(sources)[request[shown]], return_inverse=True)
+        of = [self._measured(str(name), score[shown[source == n]]) for n, name in enumerate(names)]
         users, user = np.unique(user_row[request[shown]], return_inverse=True)
         items, item = np.unique(item_row[shown], return_inverse=True)
         self._users, self._items = grown(self._users, int(users[-1]) + 1), grown(self._items, int(items[-1]) + 1)
         self._rows = [max(self._rows[0], int(users[-1]) + 1), max(self._rows[1], int(items[-1]) + 1)]
-        x, y = self._features(score[shown]), clicked[shown].astype(np.float64)
+        x, y = np.zeros((len(shown), 2 * len(of))), clicked[shown].astype(np.float64)
+        for n, one in enumerate(of):
+            own = source == n
+            x[own, 2 * n], x[own, 2 * n + 1] = 1.0, _standard(score[shown[own]], one)
         sides = [_Side(self._users[users], user, users > 0), _Side(self._items[items], item, items > 0)]
-        common = self._common[:, 0].copy()
-        precision = np.diag(self._common[:, 1] + _FLAT)
-        p = np.zeros(0)
+        before = np.concatenate([one[:2] for one in of])
+        precision = np.concatenate([one[2:4] for one in of]) + np.tile(_COMMON, len(of))
+        common = before.copy()
+
+        def expected() -> Array:
+            return _sigmoid(x @ common + sides[0].of_pairs + sides[1].of_pairs)
+
         for _ in range(_SWEEPS):
             for side in sides:
-                p = _sigmoid(x @ common + sides[0].of_pairs + sides[1].of_pairs)
-                side.move(y, p)
-            p = _sigmoid(x @ common + sides[0].of_pairs + sides[1].of_pairs)
-            slope = x.T @ (y - p) - precision @ (common - self._common[:, 0])
-            common += np.clip(np.linalg.solve(x.T @ (x * (p * (1 - p))[:, None]) + precision, slope), *_MOVES)
-        p = _sigmoid(x @ common + sides[0].of_pairs + sides[1].of_pairs)
+                side.move(y, expected())
+            p = expected()
+            slope = x.T @ (y - p) - precision * (common - before)
+            curvature = x.T @ (x * (p * (1 - p))[:, None]) + np.diag(precision)
+            common += np.clip(np.linalg.solve(curvature, slope), *_MOVES)
+            common[1::2] = np.maximum(common[1::2], 0.0)  # a higher score is never a lower label
+        p = expected()
         information = p * (1 - p)
         self._users[users], self._items[items] = (side.after(information) for side in sides)
-        self._common[:, 0] = common
-        self._common[:, 1] = np.minimum(self._common[:, 1] + (x * x).T @ information, _MAX_INFORMATION)
+        gained = (x * x).T @ information
+        for n, one in enumerate(of):
+            one[:2] = common[2 * n : 2 * n + 2]
+            one[2:4] = np.minimum(one[2:4] + gained[2 * n : 2 * n + 2], _MAX_INFORMATION)
 
-    def label(self, user_row: Ints, item_row: Ints, request: Ints, score: Floats) -> Floats:
-        """(P,) click probabilities of pairs, as in :meth:`observe`."""
+    def label(self, user_row: Ints, item_row: Ints, request: Ints, score: Floats, sources: Sequence[str]) -> Floats:
+        """(P,) click probabilities of pairs, as in :meth:`observe`; NaN where too little was exposed to tell: below
+        `MIN_EXPOSURES` scores of the source, or none ("") of pairs without scores."""
         user, item = (
             np.where(rows < len(table), table[np.minimum(rows, len(table) - 1), 0], 0.0)
             for rows, table in ((user_row, self._users), (item_row, self._items))
         )
-        logits = self._features(score) @ self._common[:, 0] + user[request] + item
+        logits = user[request] + item
+        whose = np.array(sources)[request]
+        for name in dict.fromkeys(sources):
+            own = whose == name
+            of = self._sources.get(name, np.zeros(7))
+            enough = of[4] >= MIN_EXPOSURES or (not name and of[2] > 0)
+            logits[own] += of[0] + of[1] * _standard(score[own], of) if enough else np.nan
         return _sigmoid(logits).astype(np.float32)
 
     def forget(self, user_row: Ints, item_row: Ints) -> None:
@@ -97,47 +128,51 @@ class MixedCalibration:
         self._users[user_row[user_row < len(self._users)]] = 0.0
         self._items[item_row[item_row < len(self._items)]] = 0.0
 
-    def state_arrays(self) -> dict[str, Array]:
-        """All state, float64, by name; not copies. ``users`` and ``items`` have as many rows as were seen."""
-        return {
-            "users": self._users[: self._rows[0]],
-            "items": self._items[: self._rows[1]],
-            "common": self._common,
-            "moments": self._moments,
-            "exposures": np.array([float(self.exposures)]),
+    def state(self) -> tuple[list[str], dict[str, Array]]:
+        """The sources, and all other state, float64, by name: copies. ``users`` and ``items`` have as many rows as were
+        seen."""
+        return list(self._sources), {
+            "users": self._users[: self._rows[0]].copy(),
+            "items": self._items[: self._rows[1]].copy(),
+            "sources": np.array(list(self._sources.values())).reshape(-1, 7),
         }
 
-    def load_state_arrays(self, state: Mapping[str, npt.NDArray[np.floating]]) -> None:
-        """The inverse of :meth:`state_arrays`. Raises ValueError naming an array that is missing or misshapen."""
-        shapes = {"users": (-1, 2), "items": (-1, 2), "common": (3, 2), "moments": (3,), "exposures": (1,)}
-        for name, shape in shapes.items():
+    def restore(self, sources: Sequence[str], state: Mapping[str, npt.NDArray[np.floating]]) -> None:
+        """The inverse of :meth:`state`. Raises ValueError naming an array that is missing or misshapen."""
+        for name, shape in _SHAPES.items():
             if name not in state:
                 raise ValueError(f"{name}: missing from the state")
             found = state[name].shape
-            if len(found) != len(shape) or any(e not in (-1, f) for e, f in zip(shape, found, strict=True)):
+            if len(found) != len(shape) or found[1] != shape[1]:
                 raise ValueError(f"{name}: shape {found}, expected {shape}, -1 being any number")
-        copies = {name: np.array(state[name], dtype=np.float64) for name in shapes}
-        self._rows = [len(copies["users"]), len(copies["items"])]
-        self._users, self._items = grown(copies["users"], _CAPACITY), grown(copies["items"], _CAPACITY)
-        self._common, self._moments = copies["common"], copies["moments"]
-        self.exposures = int(copies["exposures"][0])
+        if len(state["sources"]) != len(sources):
+            raise ValueError(f"sources: {len(state['sources'])} rows for {len(sources)} names")
+        users, items, of = (np.array(state[name], dtype=np.float64) for name in _SHAPES)
+        self._rows = [len(users), len(items)]
+        self._users, self._items = grown(users, _CAPACITY), grown(items, _CAPACITY)
+        self._sources = dict(zip(sources, of, strict=True))
 
-    def _measure(self, score: Floats) -> None:
+    def _measured(self, name: str, score: Floats) -> Array:
+        """What is known of a source, these exposed scores included."""
+        of = self._sources.pop(name, np.zeros(7))
+        self._sources[name] = of
+        while len(self._sources) > SOURCES:
+            del self._sources[next(iter(self._sources))]
         known = score[~np.isnan(score)].astype(np.float64)
-        if len(known) == 0:
-            return
-        count, mean, squares = self._moments
-        total, own = count + len(known), float(known.mean())
-        squares += float(((known - own) ** 2).sum()) + (own - mean) ** 2 * count * len(known) / total
-        self._moments = np.array([total, mean + (own - mean) * len(known) / total, squares])
+        if len(known):
+            count, mean, squares = of[4:]
+            total, own = count + len(known), float(known.mean())
+            squares += float(((known - own) ** 2).sum()) + (own - mean) ** 2 * count * len(known) / total
+            of[4:] = total, mean + (own - mean) * len(known) / total, squares
+        return of
 
-    def _features(self, score: Floats) -> Array:
-        """(P, 3): 1, the standard score (0 where there is none), and whether there is none."""
-        count, mean, squares = self._moments
-        spread = max((squares / count) ** 0.5, _MIN_SPREAD) if squares > 0 else 1.0
-        missing = np.isnan(score)
-        z = np.where(missing, 0.0, (score.astype(np.float64) - mean) / spread)
-        return np.stack([np.ones(len(score)), z, missing.astype(np.float64)], axis=1)
+
+def _standard(score: Floats, of: Array) -> Array:
+    """Standard scores; 0 where there is none."""
+    count, mean, squares = of[4:]
+    spread = max((squares / count) ** 0.5, _MIN_SPREAD) if squares > 0 else 1.0
+    z: Array = np.where(np.isnan(score), 0.0, (score.astype(np.float64) - mean) / spread)
+    return z
 
 
 class _Side:
@@ -167,9 +202,6 @@ class _Side:
 
     def _sum(self, values: Array) -> Array:
         return np.bincount(self._whose, values, minlength=len(self._before)).astype(np.float64)
-
-
-_MOVES = (-_MAX_MOVE, _MAX_MOVE)
 
 
 def _sigmoid(logits: Array) -> Array:

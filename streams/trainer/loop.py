@@ -218,7 +218,7 @@ class Loop:
     def _checkpoint(self, start: StartFrom) -> Checkpoint | None:
         found = start.checkpoint(self._store) if self._leads else None
         step = int(self._from_lead(b"%d" % (-1 if found is None else found.step)))
-        return found if self._leads or step < 0 else self._store.load(step)
+        return found if self._leads or step < 0 else StartFrom("step", step).checkpoint(self._store)
 
     def _positions(self, start: StartFrom, checkpoint: Checkpoint | None) -> Mapping[int, int]:
         positions = {} if checkpoint is None else checkpoint.positions

@@ -55,7 +55,10 @@ class StartFrom:
         try:
             return self._checkpoint(store)
         except OSError as error:
-            raise CheckpointError(f"{error}; it may pass, or --start-from step-N reads that one alone") from error
+            way = (
+                "" if self.kind == "step" else ", or --start-from step-N goes back to another and discards all after it"
+            )
+            raise CheckpointError(f"{error}; it may pass{way}") from error
 
     def _checkpoint(self, store: CheckpointStore) -> Checkpoint | None:
         if self.kind == "latest":

@@ -32,7 +32,7 @@ from streams.frame import Frame
 from streams.settings import TrainerSettings
 from streams.trainer import probe
 from streams.trainer.batch import Prepared, Request, Rows, prepare
-from streams.trainer.calibration import MIN_EXPOSURES, CalibrationWindow
+from streams.trainer.calibration import CalibrationWindow
 from streams.trainer.checkpoint import Checkpoint, CheckpointError
 from streams.trainer.columns import Columns, columns
 from streams.trainer.dedup import DedupWindow, Trained
@@ -65,6 +65,7 @@ class _State(msgspec.Struct):
     newest_at: int | None
     journal: int
     evidence_sources: list[str] | None = None  # of checkpoints that kept one evidence for all
+    mixed_sources: list[str] | None = None  # without pointwise labels there are none
     asked: models.Probe = models.NO_PROBE  # older checkpoints have none
 
 
@@ -138,7 +139,7 @@ class Trainer:
             self._calibration.add(batch.score[batch.exposed], batch.clicked[batch.exposed])
             self._evidence.observe(batch, sources)
             if self._mixed is not None:
-                self._mixed.observe(*_pairs(batch), batch.exposed, batch.clicked)
+                self._mixed.observe(*_pairs(batch), sources, batch.exposed, batch.clicked)
             self._recent.extend(
                 probe.Asked(r.user_id, r.history, r.items[: probe.ITEMS], r.score[: probe.ITEMS])
                 for r in prepared.requests
@@ -187,9 +188,10 @@ class Trainer:
         tensors["window"] = window
         tensors["calibration"] = self._calibration.state()
         evidence_sources, tensors["evidence"] = self._evidence.state()
+        mixed_sources = None
         if self._mixed is not None:
-            mixed = self._mixed.state_arrays()
-            tensors["mixed"] = {name: torch.from_numpy(array.copy()) for name, array in mixed.items()}
+            mixed_sources, mixed = self._mixed.state()
+            tensors["mixed"] = {name: torch.from_numpy(array) for name, array in mixed.items()}
         tensors["ids"] = {
             "users_seen": torch.from_numpy(users_seen),
             "items_seen": torch.from_numpy(items_seen),
@@ -205,6 +207,7 @@ class Trainer:
             newest_at=self._newest_at,
             journal=journal,
             evidence_sources=evidence_sources,
+            mixed_sources=mixed_sources,
             asked=probe.of(self._recent),
         )
         return Checkpoint(
@@ -246,8 +249,11 @@ class Trainer:
         self._window.restore(state.window, checkpoint.tensors["window"])
         self._calibration.restore(checkpoint.tensors["calibration"])
         self._evidence.restore(state.evidence_sources, checkpoint.tensors["evidence"])
-        if self._mixed is not None and (mixed := checkpoint.tensors.get("mixed")) is not None:
-            self._mixed.load_state_arrays({name: tensor.numpy() for name, tensor in mixed.items()})
+        if self._mixed is not None:
+            self._mixed = MixedCalibration()  # trained with listwise labels so far, there is none
+            if state.mixed_sources is not None:
+                mixed = {name: tensor.numpy() for name, tensor in checkpoint.tensors["mixed"].items()}
+                self._mixed.restore(state.mixed_sources, mixed)
         self._recent.clear()
         self._recent.extend(probe.asked(state.asked))
         self._tail = state.tail
@@ -371,9 +377,9 @@ class Trainer:
         if self._settings.evidence:
             reading = self._evidence.read(sources)
             weight, sharpness = reading.weight, reading.sharpness
-        if self._mixed is not None and self._mixed.exposures >= MIN_EXPOSURES:
-            label = np.where(batch.exposed, np.float32(0), self._mixed.label(*_pairs(batch)))
-            batch = dataclasses.replace(batch, label=label)
+        if self._mixed is not None:
+            label = self._mixed.label(*_pairs(batch), sources)
+            batch = dataclasses.replace(batch, label=np.where(batch.exposed | np.isnan(label), batch.label, label))
         for name, learner in self._learners.items():
             exposed_only = learner.loss.scaled(weight).exposed_only  # its step leaves the unexposed pairs out
             if exposed_only:

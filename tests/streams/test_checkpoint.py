@@ -188,6 +188,8 @@ def test_what_cannot_be_read_is_neither_passed_over_nor_let_go_of(tmp_path: Path
         store(1).load_newest()
     with pytest.raises(CheckpointError, match=r"symbolic links.*--start-from step-N"):
         StartFrom.parse("latest").checkpoint(store(1))
+    with pytest.raises(CheckpointError, match=r"symbolic links.*it may pass$"):
+        StartFrom.parse("step-2").checkpoint(store(1))
     store(1).save(checkpoint(3))
     store(2).save(checkpoint(4))
     path.unlink()

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
 from gpl.catalogue import Catalogue
+from gpl.labels.mixed import MIN_EXPOSURES
 from streams.contracts import Exposed, Label, Provenance, Unexposed, encode
 from streams.dead_letters import Refused
 from streams.frame import Frame
 from streams.scoring.served import Served
 from streams.settings import TrainerSettings
 from streams.trainer import intake, probe
-from streams.trainer.calibration import MIN_EXPOSURES
 from streams.trainer.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from streams.trainer.columns import Columns, columns
 from streams.trainer.dedup import DedupWindow, Fresh
@@ -423,11 +423,12 @@ def test_pointwise_labels_are_of_their_user_and_item_and_survive_a_restart(catal
     trainer = Trainer(settings, FRAME, catalogue)
     train(trainer, labels[:320])
     state = trainer.checkpoint({}, 0)
-    assert float(state.tensors["mixed"]["exposures"]) > MIN_EXPOSURES
+    assert float(state.tensors["mixed"]["sources"][0, 4]) > MIN_EXPOSURES
     resumed, published = Trainer(settings, FRAME, catalogue), Trainer(settings, FRAME, catalogue)
     resumed.restore(state)
     # Without its state labels are as they were published until enough was exposed: the test can fail.
-    published.restore(dataclasses.replace(state, tensors={n: t for n, t in state.tensors.items() if n != "mixed"}))
+    told = {**json.loads(state.state), "mixed_sources": None}
+    published.restore(dataclasses.replace(state, state=json.dumps(told).encode()))
     for each in (trainer, resumed, published):
         train(each, labels[320:])
     assert_equal(final(resumed), final(trainer))
@@ -438,12 +439,15 @@ def test_pointwise_labels_are_of_their_user_and_item_and_survive_a_restart(catal
 
 
 def test_labels_of_user_and_item_are_forgotten_with_their_rows(catalogue: Catalogue) -> None:
-    trainer = Trainer(SETTINGS.model_copy(update={"loss": "pointwise", "max_items": ITEMS - 5}), FRAME, catalogue)
+    update = {"loss": "pointwise", "max_items": ITEMS - 5, "max_users": USERS - 5}
+    trainer = Trainer(SETTINGS.model_copy(update=update), FRAME, catalogue)
     train(trainer, stream(160))
     tensors = trainer.checkpoint({}, 0).tensors
-    exposures = tensors["ids"]["exposures"][1:]
     known = tensors["mixed"]["items"][1:, 1] > 0
-    assert torch.equal(known, exposures[: len(known)] > 0)
+    assert torch.equal(known, tensors["ids"]["exposures"][1:][: len(known)] > 0)
+    gone = sorted({*range(1, trainer._users.size)} - {*trainer._users.live_rows().tolist()})
+    assert gone and not tensors["mixed"]["users"][[row for row in gone if row < len(tensors["mixed"]["users"])]].any()
+    assert tensors["mixed"]["users"][1:, 1].count_nonzero() > USERS // 2
 
 
 def test_every_batch_is_scored_before_it_is_trained_on(catalogue: Catalogue) -> None:

@@ -15,7 +15,7 @@ from gpl.evaluation.anchors import AnchorSpec, Cases, make_anchors, refreshed
 from gpl.evaluation.baselines import sampling, with_negatives
 from gpl.evaluation.bench import Bench
 from gpl.evaluation.dataset import Ragged, Requests
-from gpl.evaluation.generative import Parts, evidence, gpl
+from gpl.evaluation.generative import Form, Parts, evidence, gpl, mixed_labels
 from gpl.evaluation.methods import BY_NAME, METHODS, Method
 from gpl.evaluation.pairs import Pairs
 from gpl.evaluation.reliability import reliability
@@ -73,6 +73,47 @@ def test_labels_that_are_flat_say_nothing_of_taste(bench: Bench) -> None:
         return float(np.std(scores - scores.mean(axis=0), axis=1).mean())
 
     assert personal("flat") < 0.9 * min(personal("effect"), personal("full"))
+
+
+def test_pointwise_labels_carry_the_anchors_order_and_what_feedback_says_of_items(bench: Bench) -> None:
+    labels, _ = bench.labels(AnchorSpec("history"), Config(), "recalled")
+    pairs = bench.pairs("recalled")
+    mixed = mixed_labels(pairs, labels.score, labels.label)
+    flat = mixed_labels(pairs, np.full_like(labels.score, np.nan), labels.label)
+    request = np.repeat(np.arange(len(pairs)), np.diff(pairs.offsets))
+    hidden = np.flatnonzero(~pairs.exposed & ~np.isnan(labels.score))
+    of_item = pairs.item[hidden]
+
+    def within(values: np.ndarray) -> np.ndarray:
+        """Less the mean of their user's item-free part: what is left is of the item and of the anchors."""
+        logits = np.log(values[hidden] / (1 - values[hidden]))
+        sums = np.bincount(request[hidden], logits) / np.maximum(np.bincount(request[hidden]), 1)
+        return logits - sums[request[hidden]]
+
+    clicks = np.bincount(pairs.item[pairs.exposed], pairs.clicked[pairs.exposed], minlength=bench.world.n_items)
+    rate = clicks / np.maximum(np.bincount(pairs.item[pairs.exposed], minlength=bench.world.n_items), 1)
+    assert np.corrcoef(within(flat), rate[of_item])[0, 1] > 0.5
+    assert (
+        np.corrcoef(within(mixed), labels.score[hidden])[0, 1]
+        > np.corrcoef(within(flat), labels.score[hidden])[0, 1] + 0.3
+    )
+
+
+@pytest.mark.parametrize("pseudo", ["pointwise", "paper", "feedback"])
+def test_which_labels_follow_evidence(bench: Bench, pseudo: Form) -> None:
+    """Anchors of other users have none: ours fall silent, the paper's and those without anchors do not."""
+    parts = Parts(generator="history", shuffled=True, pseudo=pseudo, negatives=0.2)
+    users = bench.test.users[:50]
+    same = np.array_equal(gpl(bench, parts)(users), gpl(bench, replace(parts, weight=0.0))(users))
+    assert same == (pseudo == "pointwise")
+
+
+def test_labels_by_feedback_do_without_the_anchors_order(bench: Bench) -> None:
+    users = bench.test.users[:50]
+    flat = Parts(generator="history", pseudo="pointwise", sharpness="flat", negatives=0.0)
+    sharp = replace(flat, sharpness="full")
+    assert not np.array_equal(gpl(bench, flat)(users), gpl(bench, sharp)(users))
+    assert hits(bench, sharp)[1] > hits(bench, flat)[1]
 
 
 BASELINES = [m for m in METHODS if m.group in ("untrained", "no pseudo-labels", "pseudo-labels")]
@@ -176,6 +217,9 @@ def test_the_best_of_several_starts_is_taken() -> None:
 
 def test_confidence_bins_cover_what_labels_call_good(bench: Bench) -> None:
     bins = reliability(bench, {"generator": "history"})
+    mixed = reliability(bench, {"generator": "history", "pseudo": "pointwise"})
+    assert [one["relevant"] for one in mixed] == [one["relevant"] for one in bins]
+    assert [one["label"] for one in mixed] != [one["label"] for one in bins]
     assert len(bins) == 10
     confidence = [one["confidence"] for one in bins]
     assert confidence == sorted(confidence)
