@@ -237,7 +237,8 @@ class TrainerSettings(Section):
     loss: Literal["listwise", "pointwise"] = Field(
         "listwise",
         description="of pseudo-labels: a request's candidates in the order of their scores; or each by itself, "
-        "calibrated for its user and item, for sites where many of the exposed are clicked: with `negatives_weight` 0",
+        "calibrated for its user and item, which with `negatives_weight` 0 is better where many of the exposed are "
+        "clicked (docs/method.md)",
     )
     personal: bool = Field(
         False, description="listwise labels teach taste alone, not how good items are; for users of many clicks"
