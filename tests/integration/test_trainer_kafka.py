@@ -17,6 +17,7 @@ import pytest
 import torch
 from prometheus_client import REGISTRY
 
+from gpl.labels.mixed import MIN_EXPOSURES
 from gpl.preranker.model import PreRanker
 from streams import kafka as clients
 from streams import models
@@ -449,6 +450,8 @@ def test_a_group_of_ranks_survives_kill_9_of_any_and_is_made_again_in_one_proces
         checkpoint_every_wall_seconds=0.1,
         publish_every_wall_seconds=0.3,
         max_users=USERS - 5,
+        loss="pointwise",  # its labels are of all that the trainers before saw
+        evidence=False,
     )
     lines = tmp_path / "evaluations.jsonl"
     producing = Producing(topics, 500)
@@ -476,6 +479,7 @@ def test_a_group_of_ranks_survives_kill_9_of_any_and_is_made_again_in_one_proces
     shown = [(line["request_id"], line["item"]) for line in evaluated if line["kind"] == "score"]
     assert len(set(shown)) == len(shown) == 4 * producing.count
     assert sum(final(settings).positions.values()) == producing.total
+    assert float(final(settings).tensors["mixed"]["sources"][:, 4].max()) > MIN_EXPOSURES
     origins = [dict(record.headers) for record in topics.read("dead-letters")]
     assert len({(at["gpl-partition"], at["gpl-offset"]) for at in origins}) == producing.counts["bad"]
 
