@@ -1,8 +1,9 @@
-"""Arrays by row that grow with what comes."""
+"""What arrays of several modules need: growing with what comes, the shapes of a saved state, log-odds."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,3 +18,19 @@ def grown(array: npt.NDArray[_Value], rows: int) -> npt.NDArray[_Value]:
         return array
     more = np.zeros((max(missing, len(array)), *array.shape[1:]), array.dtype)
     return np.concatenate([array, more])
+
+
+def check_shape(name: str, state: Mapping[str, Any], shape: tuple[int | None, ...]) -> None:
+    """Raises ValueError when ``state`` lacks an array or tensor, or it has another shape. None is any length."""
+    if name not in state:
+        raise ValueError(f"{name}: missing from the state")
+    found = tuple(state[name].shape)
+    if len(found) != len(shape) or any(e is not None and e != f for f, e in zip(found, shape, strict=True)):
+        raise ValueError(f"{name}: shape {found}, expected {shape}")
+
+
+def sigmoid(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Probabilities of log-odds, element by element."""
+    # Each side in the form that cannot overflow.
+    e = np.exp(-np.abs(logits))
+    return np.where(logits >= 0, 1.0, e) / (1.0 + e)

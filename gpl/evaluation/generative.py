@@ -30,7 +30,7 @@ SOURCE = "anchors"
 _FLAT = 1e-6
 """Log-odds a standard deviation of the anchor score: a step must be above 0."""
 
-Form = Literal["listwise", "personal", "pointwise", "paper", "feedback"]
+Pseudo = Literal["listwise", "personal", "pointwise", "paper", "feedback"]
 """How pseudo-labels teach: by the order of a request's candidates; the same of taste alone (``personal`` in
 `LossConfig`); each by itself, calibrated for its user and item (`MixedCalibration`); as in the paper, each by itself,
 calibrated by the anchor score alone, whatever the evidence; or each by itself by what feedback says of user and item,
@@ -51,7 +51,7 @@ class Parts:
     negatives: float = 1.0
     form: Literal["softmax", "pointwise"] = "softmax"
     source: Source = "recalled"
-    pseudo: Form = "listwise"
+    pseudo: Pseudo = "listwise"
     sharpness: Literal["full", "effect", "flat"] = "full"
     centred: bool = True
     downsample: bool = True
@@ -134,9 +134,9 @@ def evidence(pairs: Pairs, score: Floats) -> Reading:
 def mixed_calibration(pairs: Pairs, score: Floats) -> MixedCalibration:
     """What the log's feedback ends with, read as :func:`evidence` reads it. Rows are users and items, plus 1; scores
     are of one source, `SOURCE`, or none."""
-    calibration = MixedCalibration()
+    calibration, source = MixedCalibration(), _source(score)
     for user, request, at in _chunks(pairs):
-        sources = [_source(score)] * len(user)
+        sources = [source] * len(user)
         calibration.observe(
             user + 1, pairs.item[at] + 1, request, score[at], sources, pairs.exposed[at], pairs.clicked[at]
         )
@@ -145,8 +145,8 @@ def mixed_calibration(pairs: Pairs, score: Floats) -> MixedCalibration:
 
 def mixed_labels(pairs: Pairs, score: Floats, other: Floats) -> Floats:
     """(P,) labels by what the log's feedback ends with, ``other`` where that is too little."""
-    request, sources = np.repeat(np.arange(len(pairs)), np.diff(pairs.offsets)), [_source(score)] * len(pairs)
-    label = mixed_calibration(pairs, score).label(pairs.user + 1, pairs.item + 1, request, score, sources)
+    sources = [_source(score)] * len(pairs)
+    label = mixed_calibration(pairs, score).label(pairs.user + 1, pairs.item + 1, pairs.request, score, sources)
     return np.where(np.isnan(label), other, label)
 
 

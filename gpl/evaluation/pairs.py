@@ -43,9 +43,14 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.user)
 
+    @property
+    def request(self) -> Ints:
+        """(P,) each pair's request."""
+        return np.repeat(np.arange(len(self)), np.diff(self.offsets))
+
     def keep(self, mask: Bools) -> Pairs:
         """The pairs where ``mask`` (P,) is true; requests stay, some perhaps with none."""
-        request = np.repeat(np.arange(len(self)), np.diff(self.offsets))[mask]
+        request = self.request[mask]
         offsets = np.zeros(len(self) + 1, dtype=np.int64)
         np.cumsum(np.bincount(request, minlength=len(self)), out=offsets[1:])
         shown = np.bincount(request[self.exposed[mask]], minlength=len(self))

@@ -45,7 +45,7 @@ def teach(world: World, pairs: Pairs, score: Floats, seed: int) -> Floats:
     known = score[~np.isnan(score)]
     spread = float(known.std()) if len(known) else 1.0
     z = torch.from_numpy((score - (known.mean() if len(known) else 0.0)) / max(spread, 1e-6)).float()
-    user = torch.from_numpy(np.repeat(pairs.user, np.diff(pairs.offsets)))
+    user = torch.from_numpy(pairs.user[pairs.request])
     item = torch.from_numpy(pairs.item)
     clicked = torch.from_numpy(pairs.clicked)
     model = Ranker(world.n_users, world.n_items, world.vectors)

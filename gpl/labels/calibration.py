@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from gpl.arrays import sigmoid
 from gpl.labels.matching import Floats
 
 Kind = Literal["platt", "isotonic", "none"]
@@ -86,7 +87,7 @@ class Platt:
 
     def apply(self, scores: Floats) -> Floats:
         logits = self.slope * np.asarray(scores, dtype=np.float64) + self.intercept
-        return _sigmoid(logits).astype(np.float32)
+        return sigmoid(logits).astype(np.float32)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -191,7 +192,7 @@ def _newton(x: npt.NDArray[np.float64], target: npt.NDArray[np.float64], interce
     slope = 0.0
     value = _cross_entropy(slope * x + intercept, target)
     for _ in range(_MAX_ITERATIONS):
-        p = _sigmoid(slope * x + intercept)
+        p = sigmoid(slope * x + intercept)
         error = p - target
         g_slope, g_intercept = float((error * x).mean()), float(error.mean())
         if max(abs(g_slope), abs(g_intercept)) < _GRADIENT_TOLERANCE:
@@ -219,9 +220,3 @@ def _newton(x: npt.NDArray[np.float64], target: npt.NDArray[np.float64], interce
 
 def _cross_entropy(logits: npt.NDArray[np.float64], target: npt.NDArray[np.float64]) -> float:
     return float((np.logaddexp(0.0, logits) - target * logits).mean())
-
-
-def _sigmoid(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    # Each side in the form that cannot overflow.
-    e = np.exp(-np.abs(logits))
-    return np.where(logits >= 0, 1.0, e) / (1.0 + e)

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from gpl.arrays import grown
+from gpl.arrays import check_shape, grown
 from gpl.labels.matching import Floats, Ints
 
 Array = npt.NDArray[np.float64]
@@ -165,11 +165,7 @@ class Evidence:
         """The inverse of :meth:`state_arrays`. Raises ValueError naming an array that is missing or misshapen."""
         mine = self.state_arrays()
         for name, array in mine.items():
-            if name not in state:
-                raise ValueError(f"{name}: missing from the state")
-            expected = (len(state[name]), 3) if name == "items" else array.shape
-            if state[name].shape != expected:
-                raise ValueError(f"{name}: shape {state[name].shape}, expected {expected}")
+            check_shape(name, state, (None, 3) if name == "items" else array.shape)
         self._rows = 0
         self._grow(len(state["items"]))
         self._items[self._rows :] = 0.0

@@ -22,8 +22,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from gpl.arrays import grown
+from gpl.arrays import check_shape, grown, sigmoid
 from gpl.labels.matching import Floats, Ints
+from gpl.moments import Moments
 
 Array = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -38,9 +39,8 @@ _COMMON = (1e-3, 1.0)  # of the priors of a and b
 _MAX_INFORMATION = 500.0  # of 2,000 exposures at even odds, or 17,000 of which 3% are clicked
 _SWEEPS = 4
 _MOVES = (-2.0, 2.0)  # log-odds a Newton step: from far away it would overshoot
-_MIN_SPREAD = 1e-6
 _CAPACITY = 1024
-_SHAPES = {"users": (-1, 2), "items": (-1, 2), "sources": (-1, 7)}
+_WIDTHS = {"users": 2, "items": 2, "sources": 7}
 
 
 class MixedCalibration:
@@ -89,7 +89,7 @@ class MixedCalibration:
         common = before.copy()
 
         def expected() -> Array:
-            return _sigmoid(x @ common + sides[0].of_pairs + sides[1].of_pairs)
+            return sigmoid(x @ common + sides[0].of_pairs + sides[1].of_pairs)
 
         for _ in range(_SWEEPS):
             for side in sides:
@@ -121,7 +121,7 @@ class MixedCalibration:
             of = self._sources.get(name, np.zeros(7))
             enough = of[4] >= MIN_EXPOSURES or (not name and of[2] > 0)
             logits[own] += of[0] + of[1] * _standard(score[own], of) if enough else np.nan
-        return _sigmoid(logits).astype(np.float32)
+        return sigmoid(logits).astype(np.float32)
 
     def forget(self, user_row: Ints, item_row: Ints) -> None:
         """Rows (n,) and (m,) that others will have."""
@@ -139,15 +139,11 @@ class MixedCalibration:
 
     def restore(self, sources: Sequence[str], state: Mapping[str, npt.NDArray[np.floating]]) -> None:
         """The inverse of :meth:`state`. Raises ValueError naming an array that is missing or misshapen."""
-        for name, shape in _SHAPES.items():
-            if name not in state:
-                raise ValueError(f"{name}: missing from the state")
-            found = state[name].shape
-            if len(found) != len(shape) or found[1] != shape[1]:
-                raise ValueError(f"{name}: shape {found}, expected {shape}, -1 being any number")
+        for name, width in _WIDTHS.items():
+            check_shape(name, state, (None, width))
         if len(state["sources"]) != len(sources):
             raise ValueError(f"sources: {len(state['sources'])} rows for {len(sources)} names")
-        users, items, of = (np.array(state[name], dtype=np.float64) for name in _SHAPES)
+        users, items, of = (np.array(state[name], dtype=np.float64) for name in _WIDTHS)
         self._rows = [len(users), len(items)]
         self._users, self._items = grown(users, _CAPACITY), grown(items, _CAPACITY)
         self._sources = dict(zip(sources, of, strict=True))
@@ -158,20 +154,14 @@ class MixedCalibration:
         self._sources[name] = of
         while len(self._sources) > SOURCES:
             del self._sources[next(iter(self._sources))]
-        known = score[~np.isnan(score)].astype(np.float64)
-        if len(known):
-            count, mean, squares = of[4:]
-            total, own = count + len(known), float(known.mean())
-            squares += float(((known - own) ** 2).sum()) + (own - mean) ** 2 * count * len(known) / total
-            of[4:] = total, mean + (own - mean) * len(known) / total, squares
+        of[4:] = tuple(Moments(*of[4:].tolist()).including(score))
         return of
 
 
 def _standard(score: Floats, of: Array) -> Array:
     """Standard scores; 0 where there is none."""
-    count, mean, squares = of[4:]
-    spread = max((squares / count) ** 0.5, _MIN_SPREAD) if squares > 0 else 1.0
-    z: Array = np.where(np.isnan(score), 0.0, (score.astype(np.float64) - mean) / spread)
+    moments = Moments(*of[4:].tolist())
+    z: Array = np.where(np.isnan(score), 0.0, (score.astype(np.float64) - moments.mean) / moments.spread)
     return z
 
 
@@ -202,8 +192,3 @@ class _Side:
 
     def _sum(self, values: Array) -> Array:
         return np.bincount(self._whose, values, minlength=len(self._before)).astype(np.float64)
-
-
-def _sigmoid(logits: Array) -> Array:
-    e = np.exp(-np.abs(logits))
-    return np.where(logits >= 0, 1.0, e) / (1.0 + e)

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from gpl.arrays import grown
+from gpl.arrays import check_shape, grown
 from gpl.labels.matching import Floats
 from gpl.preranker.batch import Batch
 
@@ -92,11 +92,8 @@ class ItemEffects:
 
     def load_state_arrays(self, state: Mapping[str, npt.NDArray[np.floating]]) -> None:
         """The inverse of :meth:`state_arrays`. Raises ValueError naming an array that is missing or misshapen."""
-        for name, dims in (("items", 2), ("total", 1)):
-            if name not in state:
-                raise ValueError(f"{name}: missing from the state")
-            if state[name].ndim != dims or state[name].shape[-1] != 3:
-                raise ValueError(f"{name}: shape {state[name].shape}, expected {'(rows, 3)' if dims == 2 else '(3,)'}")
+        check_shape("items", state, (None, 3))
+        check_shape("total", state, (3,))
         items = np.array(state["items"], dtype=np.float64)
         self._items = grown(items, _MIN_CAPACITY)
         self._total = np.array(state["total"], dtype=np.float64)

@@ -27,12 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpl.arrays import check_shape
 from gpl.labels.matching import Floats, Ints
+from gpl.moments import Moments
 from gpl.preranker.batch import Batch
 
 _MIN_CAPACITY = 1024
 _NO_HISTORY = np.zeros(0, np.int64)
-_MIN_SPREAD = 1e-6  # of anchor scores, so that nearly equal ones are not blown up
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,14 @@ class PreRanker(nn.Module):
         self.items = nn.Parameter(torch.zeros(_MIN_CAPACITY, dim))
         self.history = nn.Parameter(torch.zeros(_MIN_CAPACITY, dim))
         self.item_bias = nn.Parameter(torch.zeros(_MIN_CAPACITY, 1))
-        # Count, mean and sum of squared deviations of the anchor scores trained on (Welford).
+        # `Moments` of the anchor scores trained on.
         self.register_buffer("score_moments", torch.zeros(3, dtype=torch.float64))
         self.score_moments: Tensor
 
     @classmethod
     def of_state(cls, state: Mapping[str, Tensor], dim_content: int) -> PreRanker:
         """The model whose :meth:`state_tensors` these are. Errors as of :meth:`load_state_tensors`."""
-        _check("default", state, (None,))
+        check_shape("default", state, (None,))
         model = cls(dim_content, len(state["default"]), seed=0)
         model.load_state_tensors(state)
         return model
@@ -108,14 +109,7 @@ class PreRanker(nn.Module):
 
     def observe(self, score: Floats) -> None:
         """Take anchor scores (NaN is skipped) into the standardisation. Once a batch, before its forward pass."""
-        known = score[~np.isnan(score)].astype(np.float64)
-        if len(known) == 0:
-            return
-        count, mean, squares = self.score_moments.tolist()
-        added, delta = len(known), float(known.mean()) - mean
-        total = count + added
-        squares += float(((known - known.mean()) ** 2).sum()) + delta**2 * count * added / total
-        self.score_moments.copy_(torch.tensor([total, mean + delta * added / total, squares], dtype=torch.float64))
+        self.score_moments.copy_(torch.tensor(self._moments().including(score), dtype=torch.float64))
 
     @torch.no_grad()
     def score(
@@ -172,8 +166,8 @@ class PreRanker(nn.Module):
         towers = towers + bias
         if anchor_score is None:
             return np.asarray(towers + w_missing)
-        mean, spread = self._score_scale()
-        z = (anchor_score - np.float32(mean)) / np.float32(spread)
+        moments = self._moments()
+        z = (anchor_score - np.float32(moments.mean)) / np.float32(moments.spread)
         missing = np.isnan(anchor_score)
         logits: Floats = towers + w_score * np.where(missing, np.float32(0.0), z) + w_missing * missing
         return logits
@@ -189,10 +183,10 @@ class PreRanker(nn.Module):
     def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of :meth:`state_tensors`. Raises ValueError naming a tensor that is missing or misshapen."""
         for name, table in self.tables():
-            _check(name, state, (None, *table.shape[1:]))
+            check_shape(name, state, (None, *table.shape[1:]))
         fixed = {**dict(self.dense()), "score_moments": self.score_moments}
         for name, parameter in fixed.items():
-            _check(name, state, tuple(parameter.shape))
+            check_shape(name, state, tuple(parameter.shape))
         for name, ids in ROWS_OF.items():
             if len(state[name]) != len(state[ids]):
                 raise ValueError(f"{name}: {len(state[name])} rows, expected {len(state[ids])} as {ids}")
@@ -233,13 +227,12 @@ class PreRanker(nn.Module):
 
     def _combine(self, towers: Tensor, score: Tensor) -> Logits:
         missing = score.isnan()
-        mean, spread = self._score_scale()
-        z = ((score - mean) / spread).masked_fill(missing, 0.0)
+        moments = self._moments()
+        z = ((score - moments.mean) / moments.spread).masked_fill(missing, 0.0)
         return Logits(towers + self.w_score * z + self.w_missing * missing, towers)
 
-    def _score_scale(self) -> tuple[float, float]:
-        count, mean, squares = self.score_moments.tolist()
-        return mean, max((squares / count) ** 0.5, _MIN_SPREAD) if squares > 0 else 1.0
+    def _moments(self) -> Moments:
+        return Moments(*self.score_moments.tolist())
 
 
 def gather_content(content: Floats, rows: Ints) -> Tensor:
@@ -270,11 +263,3 @@ def grown(table: Tensor, rows: int) -> Tensor:
 def _embed(rows: Tensor, table: Tensor) -> Tensor:
     # padding_idx 0: the row of unknown ids gets no gradient and stays zero.
     return F.embedding(rows, table, padding_idx=0, sparse=True)
-
-
-def _check(name: str, state: Mapping[str, Tensor], shape: tuple[int | None, ...]) -> None:
-    if name not in state:
-        raise ValueError(f"{name}: missing from the state")
-    found = tuple(state[name].shape)
-    if len(found) != len(shape) or any(e is not None and e != f for f, e in zip(found, shape, strict=True)):
-        raise ValueError(f"{name}: shape {found}, expected {shape}")

@@ -15,7 +15,7 @@ from gpl.evaluation.anchors import AnchorSpec, Cases, make_anchors, refreshed
 from gpl.evaluation.baselines import sampling, with_negatives
 from gpl.evaluation.bench import Bench
 from gpl.evaluation.dataset import Ragged, Requests
-from gpl.evaluation.generative import Form, Parts, evidence, gpl, mixed_labels
+from gpl.evaluation.generative import Parts, Pseudo, evidence, gpl, mixed_labels
 from gpl.evaluation.methods import BY_NAME, METHODS, Method
 from gpl.evaluation.pairs import Pairs
 from gpl.evaluation.reliability import reliability
@@ -80,12 +80,12 @@ def test_pointwise_labels_carry_the_anchors_order_and_what_feedback_says_of_item
     pairs = bench.pairs("recalled")
     mixed = mixed_labels(pairs, labels.score, labels.label)
     flat = mixed_labels(pairs, np.full_like(labels.score, np.nan), labels.label)
-    request = np.repeat(np.arange(len(pairs)), np.diff(pairs.offsets))
+    request = pairs.request
     hidden = np.flatnonzero(~pairs.exposed & ~np.isnan(labels.score))
     of_item = pairs.item[hidden]
 
     def within(values: np.ndarray) -> np.ndarray:
-        """Less the mean of their user's item-free part: what is left is of the item and of the anchors."""
+        """Log-odds less their request's mean."""
         logits = np.log(values[hidden] / (1 - values[hidden]))
         sums = np.bincount(request[hidden], logits) / np.maximum(np.bincount(request[hidden]), 1)
         return logits - sums[request[hidden]]
@@ -100,7 +100,7 @@ def test_pointwise_labels_carry_the_anchors_order_and_what_feedback_says_of_item
 
 
 @pytest.mark.parametrize("pseudo", ["pointwise", "paper", "feedback"])
-def test_which_labels_follow_evidence(bench: Bench, pseudo: Form) -> None:
+def test_which_labels_follow_evidence(bench: Bench, pseudo: Pseudo) -> None:
     """Anchors of other users have none: ours fall silent, the paper's and those without anchors do not."""
     parts = Parts(generator="history", shuffled=True, pseudo=pseudo, negatives=0.2)
     users = bench.test.users[:50]
@@ -108,7 +108,7 @@ def test_which_labels_follow_evidence(bench: Bench, pseudo: Form) -> None:
     assert same == (pseudo == "pointwise")
 
 
-def test_labels_by_feedback_do_without_the_anchors_order(bench: Bench) -> None:
+def test_flat_pointwise_labels_do_without_the_anchors_order(bench: Bench) -> None:
     users = bench.test.users[:50]
     flat = Parts(generator="history", pseudo="pointwise", sharpness="flat", negatives=0.0)
     sharp = replace(flat, sharpness="full")
