@@ -179,7 +179,8 @@ class Provenance(Record, frozen=True, omit_defaults=False):
 
 
 class Label(Record, frozen=True, omit_defaults=False, kw_only=True):
-    """``gpl.labels``: the labels of one request. request_id + item + revision identify a label.
+    """``gpl.labels``: the labels of one request. request_id + item + revision identify a label; of two records of one
+    revision the first in the log stands (a worker that was put out of its group may have sent the other).
 
     ``outcome`` "no_anchors": the user had none as of the request, so nothing is pseudo-labelled. ``history``: the
     positives that the anchors were made of, oldest first; an input of the pre-ranker. Empty without anchors, and in

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -127,6 +127,15 @@ class Sender(threading.Thread):
         assert not self.is_alive() and self.error is None, self.error
 
 
+class Twice(NamedTuple):
+    """A record that says what an earlier one has said. The milliseconds at which both were made tell who made them."""
+
+    topic: str
+    key: tuple[str, int]
+    first_ms: int
+    again_ms: int
+
+
 @dataclass
 class Outcome:
     """What a run left behind. Final labels and anchors by identity, without what may differ between equal runs."""
@@ -134,8 +143,8 @@ class Outcome:
     labels: dict[str, bytes]
     anchors: dict[tuple[str, int], bytes]
     vectors: dict[str, bytes]
-    twice: list[str]
-    """Labels of one (request, revision) and anchors of one (user, version) that were published again, and when."""
+    twice: list[Twice]
+    """Labels of one (request, revision) and anchors of one (user, version) that were published again."""
 
     def same_as(self, other: Outcome) -> bool:
         return (self.labels, self.anchors, self.vectors) == (other.labels, other.anchors, other.vectors)
@@ -170,9 +179,9 @@ class Follower:
         self._final: dict[str, Label] = {}
         self._anchors: dict[tuple[str, int], bytes] = {}
         self._vectors: dict[str, bytes] = {}
-        self._seen: dict[tuple[str, tuple[str, int]], str] = {}
+        self._seen: dict[tuple[str, tuple[str, int]], int] = {}
         self._ends: dict[tuple[str, int], int] = {}
-        self._twice: list[str] = []
+        self._twice: list[Twice] = []
         self.label_times: list[tuple[int, int]] = []
         """Partition and Kafka milliseconds of every label record."""
 
@@ -206,15 +215,16 @@ class Follower:
             self.label_times.append((record.partition, record.timestamp))
             self._look_for((label.request_id, label.revision), record)
             known = self._final.get(label.request_id)
-            if known is None or label.revision >= known.revision:
+            # As all readers: of one revision the first in the log stands.
+            if known is None or label.revision > known.revision:
                 self._final[label.request_id] = label
 
     def _look_for(self, key: tuple[str, int], record: Any) -> None:
-        """Whether this record was published before; if so when both were sent, from which follows who sent them."""
-        where = f"offset {record.offset}, sent at {record.timestamp}"
-        if (before := self._seen.get((record.topic, key))) is not None:
-            self._twice.append(f"{key} in {record.topic}: {before}, and {where}")
-        self._seen[record.topic, key] = where
+        """Whether this record was published before."""
+        if (first_ms := self._seen.get((record.topic, key))) is not None:
+            self._twice.append(Twice(record.topic, key, first_ms, record.timestamp))
+        else:
+            self._seen[record.topic, key] = record.timestamp
 
     def close(self) -> None:
         self._reader.close()
