@@ -57,9 +57,13 @@ class Judge:
             if user in set(users.tolist()) and len(world.held_out.exposed[row])
         ]
 
-    def hit_rate(self, scores: Scores) -> float:
-        """HR@10 alone, quickly: what hyperparameters are chosen by."""
-        return float(np.nanmean(self._ranks(scores, None, np.zeros((10, 2)))["hr@10"]))
+    def goal(self, scores: Scores) -> float:
+        """What settings and epochs are chosen by, quickly: the mean of HR@10 and tail HR@10, HR@10 alone where no user
+        has anything relevant in the tail. By HR@10 alone the tail would be whatever a choice brings along."""
+        found = self._ranks(scores, None, np.zeros((10, 2)))
+        hits, tail = found["hr@10"], found["tail_hr@10"]
+        means = [float(np.nanmean(values)) for values in (hits, tail) if not np.isnan(values).all()]
+        return sum(means) / len(means)
 
     def judge(self, scores: Scores) -> Outcome:
         """All metrics.
@@ -81,9 +85,9 @@ class Judge:
     def _ranks(
         self, scores: Scores, lists: Ints | None, curve: npt.NDArray[np.float64]
     ) -> dict[str, npt.NDArray[np.float64]]:
-        names = [f"hr@{k}" for k in CUTS]
+        names = [*(f"hr@{k}" for k in CUTS), "tail_hr@10"]
         if lists is not None:
-            names += ["tail_hr@10", "ndcg@10", "auc", "diversity"]
+            names += ["ndcg@10", "auc", "diversity"]
         found = {name: np.full(len(self.users), np.nan) for name in names}
         # Ties in top-ten lists fall at random, but the same for every method.
         jumble = np.random.default_rng(self.world.seed).permutation(self.world.n_items)
@@ -116,12 +120,12 @@ class Judge:
         hits = {k: np.clip((k - above) / (ties + 1), 0.0, 1.0) for k in CUTS}
         for k in CUTS:
             found[f"hr@{k}"][row] = hits[k].mean()
-        if lists is None:
-            return
-        np.add.at(curve, self._tenth[relevant], np.stack([hits[10], np.ones(len(relevant))], axis=1))
         in_tail = self.tail[relevant]
         if in_tail.any():
             found["tail_hr@10"][row] = hits[10][in_tail].mean()
+        if lists is None:
+            return
+        np.add.at(curve, self._tenth[relevant], np.stack([hits[10], np.ones(len(relevant))], axis=1))
         if len(bad):
             found["auc"][row] = (below + ties / 2).mean() / len(bad)
         top = _top(values, candidate, jumble)

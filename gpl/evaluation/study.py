@@ -176,7 +176,7 @@ class _Work:
             yield f"{self.dataset.name} seed {self.seed} {name}: HR@10 {hits:.4f} tail {tail:.4f} ({seconds:.0f} s)"
 
     def settings(self, method: Method) -> dict[str, Any]:
-        """The settings chosen on the validation users, by their mean HR@10 over the tuning seeds."""
+        """The settings chosen on the validation users, by the mean of `Judge.goal` over the tuning seeds."""
         base = self.settings(BY_NAME[method.like]) if method.like is not None else {}
         if not method.grid:
             return {**base, **method.settings}
@@ -195,8 +195,8 @@ class _Work:
         return chosen
 
     def validated(self, method: Method, settings: dict[str, Any]) -> float:
-        """HR@10 of the validation users of this seed."""
-        return self.bench.validation.hit_rate(method.run(self.bench, **settings))
+        """`Judge.goal` of the validation users of this seed."""
+        return self.bench.validation.goal(method.run(self.bench, **settings))
 
     @cached_property
     def _tuning(self) -> list[_Work]:

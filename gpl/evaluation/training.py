@@ -27,7 +27,8 @@ class TrainConfig:
     """The same for all trained methods. ``hidden``: unexposed pairs of a request in an epoch, another stretch each; 60
     are all that a simulated recall leaves, as the stream trains on all.
 
-    Training stops when HR@10 of the validation users has not risen for ``patience`` epochs; the best epoch is kept.
+    Training stops when the `Judge.goal` of the validation users has not risen for ``patience`` epochs; the best epoch
+    is kept.
     """
 
     dim: int = 32
@@ -97,13 +98,13 @@ def train(
     model.grow(world.n_users + 1, world.n_items + 1)
     learner = Learner(model, loss, config.learning_rate, config.weight_decay)
     content, liked = content_rows(world), histories(world)
-    best, best_hits, kept = 0, -1.0, model.state_tensors()
+    best, best_goal, kept = 0, -1.0, model.state_tensors()
     for epoch in range(1, config.epochs + 1):
         for batch, at in batches(pairs, columns, liked, content, config.batch_requests, config.hidden, rng):
             step(learner, batch, at)
-        hits = validation.hit_rate(lambda users: model_scores(model, world, users, scores_of))
-        if hits > best_hits:
-            best, best_hits, kept = epoch, hits, model.state_tensors()
+        goal = validation.goal(lambda users: model_scores(model, world, users, scores_of))
+        if goal > best_goal:
+            best, best_goal, kept = epoch, goal, model.state_tensors()
         elif epoch - best >= config.patience:
             break
     model.load_state_tensors(kept)

@@ -53,6 +53,17 @@ def test_the_truth_scores_one_and_equal_scores_earn_what_chance_earns(made: Worl
     assert blind.mean("exposed_auc") == pytest.approx(0.5)
 
 
+def test_choices_are_made_by_the_mean_of_both_hit_rates(made: World) -> None:
+    matrix = np.random.default_rng(0).normal(size=(made.n_users, made.n_items)).astype(np.float32)
+    judge = Judge(made, made.judged)
+    found = judge.judge(lambda users: matrix[users])
+    assert found.mean("hr@10") != pytest.approx(found.mean("tail_hr@10"))
+    goal = judge.goal(lambda users: matrix[users])
+    assert goal == pytest.approx((found.mean("hr@10") + found.mean("tail_hr@10")) / 2)
+    judge.tail = np.zeros(made.n_items, dtype=bool)  # nothing relevant is in it
+    assert judge.goal(lambda users: matrix[users]) == pytest.approx(found.mean("hr@10"))
+
+
 def test_lists_that_are_all_alike_have_little_coverage_and_a_high_gini(made: World) -> None:
     same = np.tile(np.arange(made.n_items, dtype=np.float32), (made.n_users, 1))
     own = np.random.default_rng(1).normal(size=same.shape).astype(np.float32)
