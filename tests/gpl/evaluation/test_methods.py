@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from gpl.evaluation import generative
 from gpl.evaluation.anchors import AnchorSpec, Cases, make_anchors, refreshed
 from gpl.evaluation.baselines import sampling, with_negatives
 from gpl.evaluation.bench import Bench
 from gpl.evaluation.dataset import Ragged, Requests
 from gpl.evaluation.generative import Parts, Pseudo, evidence, gpl, mixed_labels
 from gpl.evaluation.methods import BY_NAME, METHODS, Method
-from gpl.evaluation.pairs import Pairs
+from gpl.evaluation.pairs import Columns, Pairs
 from gpl.evaluation.reliability import reliability
 from gpl.evaluation.training import TrainConfig, histories, one_thread
 from gpl.labels.labeller import Config
@@ -108,12 +109,28 @@ def test_which_labels_follow_evidence(bench: Bench, pseudo: Pseudo) -> None:
     assert same == (pseudo == "pointwise")
 
 
-def test_flat_pointwise_labels_do_without_the_anchors_order(bench: Bench) -> None:
-    users = bench.test.users[:50]
-    flat = Parts(generator="history", pseudo="pointwise", sharpness="flat", negatives=0.0)
-    sharp = replace(flat, sharpness="full")
-    assert not np.array_equal(gpl(bench, flat)(users), gpl(bench, sharp)(users))
-    assert hits(bench, sharp)[1] > hits(bench, flat)[1]
+def test_flat_pointwise_labels_are_of_user_and_item_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Found(Exception):
+        """Labels, before anything is trained on them."""
+
+    def found(_: object, pairs: Pairs, columns: Columns, *__: object) -> None:
+        raise Found(pairs, columns)
+
+    def unexplained(sharpness: Literal["full", "flat"]) -> float:
+        """The largest part of some labels' log-odds that is not a sum of one number of the user and one of the item."""
+        with pytest.raises(Found) as caught:
+            gpl(bench, Parts(generator="history", pseudo="pointwise", sharpness=sharpness, negatives=0.0))
+        pairs, columns = caught.value.args
+        some = np.flatnonzero(~pairs.exposed)[:3000]
+        user, item = np.repeat(pairs.user, np.diff(pairs.offsets))[some], pairs.item[some]
+        design = np.zeros((len(some), bench.world.n_users + bench.world.n_items))
+        design[np.arange(len(some)), user] = design[np.arange(len(some)), bench.world.n_users + item] = 1.0
+        label = columns.label[some].astype(np.float64)
+        logits = np.log(label / (1 - label))
+        return float(np.abs(logits - design @ np.linalg.lstsq(design, logits, rcond=None)[0]).max())
+
+    monkeypatch.setattr(generative, "train", found)
+    assert unexplained("flat") < 1e-3 < 0.1 < unexplained("full")
 
 
 BASELINES = [m for m in METHODS if m.group in ("untrained", "no pseudo-labels", "pseudo-labels")]
