@@ -122,7 +122,7 @@ def test_flat_pointwise_labels_are_of_user_and_item_alone(bench: Bench, monkeypa
             gpl(bench, Parts(generator="history", pseudo="pointwise", sharpness=sharpness, negatives=0.0))
         pairs, columns = caught.value.args
         some = np.flatnonzero(~pairs.exposed)[:3000]
-        user, item = np.repeat(pairs.user, np.diff(pairs.offsets))[some], pairs.item[some]
+        user, item = pairs.user[pairs.request][some], pairs.item[some]
         design = np.zeros((len(some), bench.world.n_users + bench.world.n_items))
         design[np.arange(len(some)), user] = design[np.arange(len(some)), bench.world.n_users + item] = 1.0
         label = columns.label[some].astype(np.float64)
