@@ -19,13 +19,15 @@ from streams.settings import KafkaSettings
 class TopicSpec:
     """``name`` is without the prefix. ``by_user``: keyed by user id, so all such topics share one partition count.
 
-    ``single``: one partition, because few records come and their order across keys is worth having.
+    ``single``: one partition, because few records come and their order across keys is worth having. ``overhead``: bytes
+    that a batch may add to its record.
     """
 
     name: str
     by_user: bool
     config: dict[str, str] = field(default_factory=dict)
     single: bool = False
+    overhead: int = BATCH_OVERHEAD_BYTES
 
     def partitions(self, kafka: KafkaSettings) -> int:
         """Partition count under these settings."""
@@ -36,7 +38,7 @@ class TopicSpec:
         return {
             "cleanup.policy": "delete",
             "compression.type": "producer",
-            "max.message.bytes": str(kafka.max_record_bytes + BATCH_OVERHEAD_BYTES),
+            "max.message.bytes": str(kafka.max_record_bytes + self.overhead),
             **self.config,
         }
 
@@ -60,8 +62,14 @@ TOPICS: tuple[TopicSpec, ...] = (
     TopicSpec("calibrations", by_user=False, config=_COMPACTED, single=True),
     TopicSpec("labels", by_user=True),
     TopicSpec("model-updates", by_user=False, config={"cleanup.policy": "compact"}, single=True),
-    # A month to look at them.
-    TopicSpec("dead-letters", by_user=False, single=True, config={"retention.ms": str(30 * 24 * 3600 * 1000)}),
+    # A month to look at them. The largest record of another topic fits with what is told of it.
+    TopicSpec(
+        "dead-letters",
+        by_user=False,
+        single=True,
+        config={"retention.ms": str(30 * 24 * 3600 * 1000)},
+        overhead=2 * BATCH_OVERHEAD_BYTES,
+    ),
 )
 
 _AT_LEAST = {"max.message.bytes", "min.compaction.lag.ms"}  # more of these does no harm

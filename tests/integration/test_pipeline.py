@@ -15,7 +15,7 @@ from gpl.fit import Event, FitOptions
 from gpl.fit import fit as fit_artefacts
 from streams import contracts
 from streams.contracts import Calibration, Feedback, Item, Recall, UserAnchors, encode
-from streams.kafka import producer
+from streams.kafka import BATCH_OVERHEAD_BYTES, producer
 from streams.settings import KafkaSettings
 from streams.topics import full_name
 from tests.integration.pipeline import Process, final_labels, kafka_section, read_all, running, wait_for
@@ -211,12 +211,15 @@ def test_every_request_gets_one_right_label_and_trouble_ends_in_the_dead_letters
         send_items(kafka, vectors)
         wait_for("the catalogue", lambda: all(w.metric("gpl_catalogue_items") == ITEMS for w in workers))
         # Trouble goes in between the good records, under keys that spread over all partitions.
+        # As large as the broker takes it: its dead letter is larger.
+        largest = np.random.default_rng(0).bytes(kafka.max_record_bytes + BATCH_OVERHEAD_BYTES - 200)
         bad: list[tuple[str, bytes | None, bytes, str]] = [
             ("recalls", b"k1", b"{not json", "malformed"),
             ("recalls", b"k2", b'{"request_id":"x","user_id":"u","ts":1,"candidates":["a"],"oops":1}', "invalid"),
             ("recalls", b"k3", b'{"request_id":"x","user_id":"u","ts":"soon","candidates":["a"]}', "invalid"),
             ("recalls", b"k4", b'{"request_id":"x","user_id":"u","ts":1,"candidates":[]}', "invalid"),
             ("recalls", b"k5", b"", "malformed"),
+            ("recalls", b"k6", largest, "malformed"),
             ("feedback", b"k6", b"\xff\xfe", "malformed"),
             ("feedback", b"k7", b'{"event_id":"x","user_id":"u","item_id":"i","ts":1,"kind":"purchase"}', "invalid"),
             (
