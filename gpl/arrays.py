@@ -1,14 +1,30 @@
-"""What arrays of several modules need: growing with what comes, the shapes of a saved state, log-odds."""
+"""What arrays of several modules need: rows of ids, growing with what comes, the shapes of a saved state, log-odds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 _Value = TypeVar("_Value", bound=np.generic)
+
+
+class RowOf(dict[str, int]):
+    """Row of each id; by ``[]``, ``absent`` for one that is not there, and it stays not there."""
+
+    def __init__(self, absent: int, rows: Iterable[tuple[str, int]] = ()) -> None:
+        super().__init__(rows)
+        self._absent = absent
+
+    def __missing__(self, id_: str) -> int:
+        return self._absent
+
+    def of(self, ids: Sequence[str]) -> npt.NDArray[np.int64]:
+        """Rows (n,) of ids."""
+        # No Python code for an id, and no list or tuple of integers for numpy to look through: a quarter of the time.
+        return np.fromiter(map(self.__getitem__, ids), np.int64, len(ids))
 
 
 def grown(array: npt.NDArray[_Value], rows: int) -> npt.NDArray[_Value]:

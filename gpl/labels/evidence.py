@@ -128,7 +128,9 @@ class Evidence:
         item = item_row[known]
         self._grow(int(item.max(initial=-1)) + 1)
         self._judge(user_row % self.config.user_buckets, item, request, s, shown, clicked[known] > 0)
-        np.add.at(self._items, item, np.stack([np.ones(len(s)), shown, s], axis=1))
+        # Column by column: on rows of three it takes numpy seven times as long.
+        for place, column in enumerate((np.ones(len(s)), shown.astype(np.float64), s)):
+            np.add.at(self._items[:, place], item, column)
         self._total += np.array([len(s), np.count_nonzero(shown), s.sum()])
 
     def forget(self, item_row: Ints) -> None:
@@ -139,7 +141,7 @@ class Evidence:
 
     def read(self) -> Reading:
         """What the evidence says now."""
-        count, total = self._users.sum(axis=0)
+        count, total = float(self._users[:, 0].sum()), float(self._users[:, 1].sum())
         users = int(np.count_nonzero(self._users[:, 0]))
         spread = math.sqrt(self._residuals[1] / self._residuals[0]) if self._residuals[0] else 0.0
         if spread < _MIN_SPREAD or count == 0:

@@ -76,7 +76,8 @@ class Batch:
         position = np.arange(len(request)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         return cls.of(
             user_row=np.array([e.user_row for e in examples], dtype=np.int64),
-            histories=[e.history for e in examples],
+            history=np.concatenate([e.history for e in examples]).astype(np.int64),
+            history_request=np.repeat(np.arange(len(examples)), [len(e.history) for e in examples]),
             item_row=np.concatenate([e.item_row for e in examples]).astype(np.int64),
             content_row=np.concatenate([e.content_row for e in examples]).astype(np.int64),
             request=request,
@@ -91,7 +92,8 @@ class Batch:
     def of(
         cls,
         user_row: Ints,
-        histories: Sequence[Ints],
+        history: Ints,
+        history_request: Ints,
         item_row: Ints,
         content_row: Ints,
         request: Ints,
@@ -101,9 +103,9 @@ class Batch:
         label: Floats,
         confidence: Floats,
     ) -> Batch:
-        """From the pairs of R requests one after another: ``user_row`` and ``histories`` (R,); ``item_row``,
-        ``content_row``, ``request``, ``exposed`` and ``score`` (P,); ``clicked`` of the exposed pairs alone, ``label``
-        and ``confidence`` of the others."""
+        """From the pairs of R requests one after another: ``user_row`` (R,); ``history`` and ``history_request`` (H,);
+        ``item_row``, ``content_row``, ``request``, ``exposed`` and ``score`` (P,); ``clicked`` of the exposed pairs
+        alone, ``label`` and ``confidence`` of the others."""
         # One key for id row and content row: unknown items share row 0 and still differ in content.
         width = int(content_row.max(initial=-1)) + 2
         keys, item = np.unique(item_row * width + content_row + 1, return_inverse=True)
@@ -113,8 +115,8 @@ class Batch:
         columns["confidence"][~exposed] = confidence
         return cls(
             user_row=user_row,
-            history=np.concatenate(histories).astype(np.int64),
-            history_request=np.repeat(np.arange(len(histories)), [len(history) for history in histories]),
+            history=history,
+            history_request=history_request,
             item_row=keys // width,
             content_row=keys % width - 1,
             request=request,

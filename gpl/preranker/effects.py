@@ -65,9 +65,11 @@ class ItemEffects:
         known = ~np.isnan(batch.score)
         self._met += len(np.unique(row[self._items[row, 0] == 0]))
         self._candidacies += len(row)
-        columns = np.stack([np.ones(len(row)), known, np.where(known, batch.score, 0.0)], axis=1)
-        np.add.at(self._items, row, columns)
-        self._total += columns.sum(axis=0)
+        columns = np.ones(len(row)), known.astype(np.float64), np.where(known, batch.score, 0.0).astype(np.float64)
+        # Column by column: on rows of three it takes numpy seven times as long.
+        for place, column in enumerate(columns):
+            np.add.at(self._items[:, place], row, column)
+            self._total[place] += column.sum()
         candidacies, scored, sums = self._items[row].T
         mean = self._total[2] / max(self._total[1], 1.0)
         usual = self._candidacies / max(self._met, 1) + _SMOOTHING

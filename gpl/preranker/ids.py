@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Sequence
-from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
 
+from gpl.arrays import RowOf
 from gpl.labels.matching import Ints
 
 _ROOM = 20
@@ -22,7 +22,7 @@ class IdTable:
     """Ids in rows 1, 2, ...: what a published model knows. It does not change."""
 
     def __init__(self) -> None:
-        self._rows: dict[str, int] = {}
+        self._rows = RowOf(0)
 
     @classmethod
     def from_list(cls, ids: Iterable[str]) -> IdTable:
@@ -51,7 +51,7 @@ class IdTable:
 
     def rows(self, ids: Sequence[str]) -> Ints:
         """Rows (n,) of ids, 0 where unknown."""
-        return _rows(self._rows, ids)
+        return self._rows.of(ids)
 
 
 class GrowingIds:
@@ -70,7 +70,7 @@ class GrowingIds:
                 raise ValueError(f"{name}: {value}, expected at least 1")
         self._capacity = capacity
         self._ttl = ttl
-        self._rows: dict[str, int] = {}
+        self._rows = RowOf(0)
         self._ids: list[str | None] = [None]  # by row; None: row 0, and rows that are free
         self._seen = np.zeros(1, np.int64)  # by row, with room to spare
         self._free: list[int] = []
@@ -93,11 +93,11 @@ class GrowingIds:
 
     def rows(self, ids: Sequence[str]) -> Ints:
         """Rows (n,) of ids, 0 where unknown."""
-        return _rows(self._rows, ids)
+        return self._rows.of(ids)
 
     def add(self, ids: Sequence[str], at: int | Ints) -> Ints:
         """Rows (n,) of ids, seen at ``at``, one time or (n,); those not yet known get rows, in order."""
-        rows = _rows(self._rows, ids)
+        rows = self._rows.of(ids)
         for i in np.flatnonzero(rows == 0).tolist():
             rows[i] = self._row_for(ids[i])
         self.touch(rows, at)
@@ -141,7 +141,10 @@ class GrowingIds:
 
     def live_rows(self) -> Ints:
         """Rows (n,) in use, ascending, row 0 left out."""
-        return np.sort(np.fromiter(self._rows.values(), np.int64, len(self._rows)))
+        live = np.ones(len(self._ids), bool)
+        live[0] = False
+        live[self._free] = False
+        return np.flatnonzero(live)
 
     def live_ids(self) -> list[str]:
         """Ids parallel to :meth:`live_rows`."""
@@ -157,7 +160,7 @@ class GrowingIds:
             raise ValueError(f"seen: {len(seen)} entries for {len(ids)} rows")
         self._ids = [None, *ids]
         self._seen = np.concatenate([np.zeros(1, np.int64), seen.astype(np.int64)])
-        self._rows = {i: row for row, i in enumerate(self._ids) if i is not None}
+        self._rows = RowOf(0, ((i, row) for row, i in enumerate(self._ids) if i is not None))
         self._free = [row for row, i in enumerate(self._ids) if i is None and row]  # ascending: a heap
         if len(self._rows) + len(self._free) != len(ids):
             twice = next(i for row, i in enumerate(self._ids) if i is not None and self._rows[i] != row)
@@ -177,7 +180,3 @@ class GrowingIds:
                 self._seen = np.concatenate([self._seen, np.zeros(max(1024, row), np.int64)])
         self._rows[id_] = row
         return row
-
-
-def _rows(table: dict[str, int], ids: Sequence[str]) -> Ints:
-    return np.fromiter(map(table.get, ids, repeat(0)), dtype=np.int64, count=len(ids))

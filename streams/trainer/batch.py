@@ -79,9 +79,8 @@ class Rows:
         return rows
 
     def history(self, names: Sequence[str]) -> Ints:
-        """Rows (h,) of those of the items that are in the table; a history adds none and keeps none alive."""
-        rows = self._items.rows(names)
-        return rows[rows > 0]
+        """Rows (h,) of items, 0 of those that are not in the table; a history adds none and keeps none alive."""
+        return self._items.rows(names)
 
     def forget(self) -> None:
         """Ids were let go of: look all up again."""
@@ -118,9 +117,13 @@ def prepare(labels: Sequence[Columns], first: Sequence[bool], rows: Rows) -> Pre
     kept = np.bincount(record, minlength=len(labels))
     some = np.flatnonzero(kept)
     users = rows.users([labels[i].user_id for i in some.tolist()], ts[some])
+    histories = [labels[i].history for i in some.tolist()]
+    liked = rows.history(list(chain.from_iterable(histories)))
+    in_table = liked > 0
     batch = Batch.of(
         user_row=users,
-        histories=[rows.history(labels[i].history) for i in some.tolist()],
+        history=liked[in_table],
+        history_request=np.repeat(np.arange(len(some)), [len(history) for history in histories])[in_table],
         item_row=item_row,
         content_row=content_row,
         request=(np.cumsum(kept > 0) - 1)[record],

@@ -410,8 +410,8 @@ class Trainer:
         if not known.any():
             return np.zeros(len(items), np.float32), known
         content = self._catalogue.vectors[content_row] * known[:, None]
-        rows, liked = self._items.rows(items), self._rows.history(history)
-        return self._learners[MAIN].model.score(self._users.row(user), rows, content, score, liked), known
+        rows, liked = self._items.rows(items), self._items.rows(history)
+        return self._learners[MAIN].model.score(self._users.row(user), rows, content, score, liked[liked > 0]), known
 
 
 def _pairs(batch: Batch) -> tuple[Ints, Ints, Ints, Floats]:

@@ -37,7 +37,8 @@ def batch(rng: np.random.Generator, kind: str) -> Batch:
     hidden = int(np.count_nonzero(~exposed))
     return Batch.of(
         user_row=users + 1,
-        histories=[np.zeros(0, np.int64)] * REQUESTS,
+        history=np.zeros(0, np.int64),
+        history_request=np.zeros(0, np.int64),
         item_row=item_row,
         content_row=np.full(len(item_row), -1),
         request=np.repeat(np.arange(REQUESTS), CANDIDATES),
