@@ -17,7 +17,7 @@ from gpl.anchors.base import AnchorGenerator, History, anchors_of
 from gpl.anchors.base_models import SMOLLM2
 from gpl.anchors.beam import Decoding
 from gpl.anchors.history import HistoryClusters
-from gpl.anchors.lora_lm import LoraConfig, LoraLM
+from gpl.anchors.lora_lm import LoraConfig, LoraLM, choose_device
 from gpl.anchors.mixed import MixedGenerator
 from gpl.anchors.small_lm import SmallLM, SmallLMConfig
 from gpl.anchors.training import Resume, Schedule
@@ -66,6 +66,7 @@ class FitOptions:
     anchors, how many are history clusters instead (`MixedGenerator`). ``epochs`` None: what suits the generator.
     ``calibration``: its form, fitted on the exposures of ``calibration_users`` users, as ``labelling`` scores.
     ``resume``: directory where the training of a language model keeps its state, to go on after an interruption.
+    ``device``: of that training, as torch names it; None: the CPU for small-lm, a GPU if there is one for lora-lm.
 
     Raises ValueError naming the field and value that cannot be.
     """
@@ -86,6 +87,7 @@ class FitOptions:
     calibration_users: int = 500
     labelling: labeller.Config = field(default_factory=labeller.Config)
     resume: Path | None = None
+    device: str | None = None
 
     def __post_init__(self) -> None:
         for name, known in _KINDS.items():
@@ -102,6 +104,8 @@ class FitOptions:
                 raise ValueError(f"{name}: {getattr(self, name)}, must be a positive number")
         if not 0 <= self.history_share < 1:
             raise ValueError(f"history_share: {self.history_share}, must be in [0, 1)")
+        if self.device is not None:
+            choose_device(self.device)
 
 
 def fit(
@@ -234,11 +238,11 @@ def train_generator(
         lora = LoraConfig(options.base_model, options.history, decoding=decoding)
         lora = replace(lora, schedule=_schedule(lora.schedule, options))
         texts = [(item.text, sid) for item, sid in zip(items, sids, strict=True) if item.text.strip()]
-        model = LoraLM.train(trained, held_out, *shape, lora, seed, on_progress=progress, resume=resume, texts=texts)
+        model = LoraLM.train(trained, held_out, *shape, lora, seed, options.device, progress, resume, texts)
     else:
         small = SmallLMConfig(options.history, decoding=decoding)
         small = replace(small, schedule=_schedule(small.schedule, options))
-        model = SmallLM.train(trained, held_out, *shape, small, seed, on_progress=progress, resume=resume)
+        model = SmallLM.train(trained, held_out, *shape, small, seed, options.device or "cpu", progress, resume)
     generator: AnchorGenerator = model
     if options.history_share > 0:
         generator = MixedGenerator(model, clusters, options.history_share)

@@ -59,6 +59,7 @@ def fit_records(
         exclude_seen=generator.exclude_seen,
         temperature=generator.temperature,
         resume=resume,
+        device=generator.device,
         calibration=settings.calibration.kind,
         labelling=labeller_config(settings.labels),
     )

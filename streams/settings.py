@@ -100,6 +100,11 @@ class GeneratorSettings(Section):
     )
     exclude_seen: bool = Field(False, description="no anchors at semantic ids that are in the user's history")
     temperature: float = Field(1.0, gt=0, description="of a language model's scores; below 1 sharper, above 1 flatter")
+    device: str | None = Field(
+        None,
+        description="where `gpl fit` trains a language model, as torch names it (`cpu`, `cuda:1`); None: the CPU for "
+        "small-lm, a GPU if there is one for lora-lm",
+    )
 
 
 class CalibrationSettings(Section):

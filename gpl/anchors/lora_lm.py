@@ -243,8 +243,12 @@ class LoraLM:
 
 
 def choose_device(device: torch.device | str | None) -> torch.device:
-    """``device``, or where None the GPU if there is one."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """``device``, or where None the GPU if there is one. Raises ValueError for a device that cannot be used here."""
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=chosen).device
+    except (RuntimeError, AssertionError) as error:  # the latter of a build of torch without CUDA
+        raise ValueError(f"device: {str(chosen)!r}, not usable here: {str(error).splitlines()[0]}") from error
 
 
 def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:

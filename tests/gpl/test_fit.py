@@ -137,6 +137,8 @@ def test_an_item_that_comes_twice_or_lies_at_the_mean_is_named():
         ("downsample_threshold", float("nan")),
         ("history_share", 1.0),
         ("history_share", -0.1),
+        ("device", "gpu"),
+        ("device", "cuda:99"),
     ],
 )
 def test_options_name_what_they_refuse(name: str, value: object):
