@@ -125,8 +125,8 @@ def calibrate(
         _out.print(f"held out  {_said(judged_on)}: of a fifth of the users, by a hash of their id")
         table = Table("on what was held out", "kind", "version", "log loss", "ECE", box=None)
         version = "" if before is None else before.version
-        _row(table, "in force", calibration_of(before), version, judged_on)
-        _row(table, "fitted", after, record.version, judged_on)
+        now_loss = _row(table, "in force", calibration_of(before), version, judged_on)
+        loss = _row(table, "fitted", after, record.version, judged_on)
         _out.print(table)
         if before is not None and before.version == record.version:
             _out.print("Nothing was published: it is in force already.")
@@ -134,6 +134,12 @@ def calibrate(
         if not publish:
             _out.print("Nothing was published. --publish puts the fitted one in force.")
             return
+        # `none` is chosen, not fitted: no click can have misled it.
+        if record.kind != "none" and loss > now_loss:
+            raise LogError(
+                f"nothing was published: the fitted one has the log loss {loss:.4f} on what was held out, the one in "
+                f"force {now_loss:.4f}; fit on another range or with another --method"
+            )
         calibrations.publish(settings.kafka, after, now)
         _out.print(Text(f"published {record.version}, in force for recalls from {time_text(now)} on"))
 
@@ -176,9 +182,11 @@ def _said(exposures: Exposures) -> str:
     return f"{len(exposures.clicked):,} exposed items, {exposures.clicked.mean():.1%} clicked"
 
 
-def _row(table: Table, name: str, calibration: Fitted, version: str, judged_on: Exposures) -> None:
+def _row(table: Table, name: str, calibration: Fitted, version: str, judged_on: Exposures) -> float:
+    """Adds the row; its log loss."""
     from gpl.evaluation.metrics import calibration_error, log_loss
 
     labels = calibration.apply(judged_on.score.astype(np.float32))
-    figures = (f"{of(judged_on.clicked, labels):.4f}" for of in (log_loss, calibration_error))
-    table.add_row(name, calibration.to_dict()["kind"], version, *figures)
+    loss, error = (float(of(judged_on.clicked, labels)) for of in (log_loss, calibration_error))
+    table.add_row(name, calibration.to_dict()["kind"], version, f"{loss:.4f}", f"{error:.4f}")
+    return loss

@@ -126,6 +126,13 @@ artefacts = "{tmp_path}/artefacts"
     assert figures(again.output)["in"] == figures(again.output)["fitted"]
     assert "in force already" in again.output and on_topic(kafka_settings) == [first, refitted]
 
+    # Clicks follow a sigmoid: on other users steps do worse than the one in force. `none` is the operator's word.
+    worse = gpl("--publish", "--method", "isotonic")
+    assert figures(worse.output)["fitted"][0] > figures(worse.output)["in"][0]
+    assert worse.exit_code == 1 and "error: nothing was published" in worse.output
+    assert on_topic(kafka_settings) == [first, refitted]
+    assert gpl("--publish", "--method", "none").exit_code == 0
+    assert on_topic(kafka_settings)[-1].kind == "none"
     assert gpl("--publish", "--method", "isotonic").exit_code == 0
     assert on_topic(kafka_settings)[-1].kind == "isotonic"
     for arguments, why in (
@@ -135,4 +142,4 @@ artefacts = "{tmp_path}/artefacts"
         refused = gpl(*arguments)
         assert refused.exit_code == 1 and refused.output.startswith("error: ") and why in refused.output
         assert refused.output.count("\n") == 1
-    assert len(on_topic(kafka_settings)) == 3
+    assert len(on_topic(kafka_settings)) == 4
