@@ -76,7 +76,7 @@ def _item(view: ItemView) -> Group:
         parts.append(_neighbours("Same SID", view.same_sid[:20]))
     parts.append(_neighbours("Nearest", view.nearest))
     if view.labels is not None:
-        parts.append(_bars(f"labels for {view.asked} users who have not taken it", view.labels, "users"))
+        parts.append(_bars(f"labels for {view.asked} users with anchors who have not taken it", view.labels, "users"))
         users = Table("user", "label", title="Highest labels", title_justify="left")
         for user, label in view.interested:
             users.add_row(_plain(user), f"{label:.3f}")

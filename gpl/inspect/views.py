@@ -104,7 +104,7 @@ class UserView:
 
 @dataclass(frozen=True)
 class ItemView:
-    """``labels``: over ``asked`` users who have not met the item; ``interested`` are those with the highest."""
+    """``labels``: over ``asked`` users with anchors who have not met it; ``interested`` are those with the highest."""
 
     item_id: str
     text: str

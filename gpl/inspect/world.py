@@ -126,7 +126,9 @@ class Inspector:
         row = self._row_of[item_id]
         vector, sid = self._vectors[row], self._sids[row]
         same = np.flatnonzero((self._sids == sid).all(axis=1))
-        users = [u for u in self.users if all(e.item_id != item_id for e in self._positives[u])][:_ASKED_USERS]
+        # Those who have anchors in the stream.
+        enough = [user for user in self.users if len(self._positives[user]) >= self._least]
+        users = [u for u in enough if all(e.item_id != item_id for e in self._positives[u])][:_ASKED_USERS]
         pasts = [[self._row_of[e.item_id] for e in self._positives[u] if e.item_id in self._row_of] for u in users]
         found: list[tuple[str, float]] = []
         for user, anchors in zip(users, self._anchors(pasts), strict=True):

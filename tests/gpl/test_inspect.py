@@ -188,7 +188,12 @@ def test_what_is_counted_and_what_the_stream_would_not_have_is_said(artefacts: A
             "nearest not"
         )
     assert "min_positives" not in shown(seen.user("u3", until=times[2]))
-    assert re.search(r"labels for (\d+) users who .*, \1 users\n", shown(seen.item("i7")))
+    assert re.search(r"labels for (\d+) users with anchors who .*, \1 users\n", shown(seen.item("i7")))
+    # Nor has the stream labels for users with fewer clicks.
+    strict = Inspector(artefacts, items(), events(), None, beams=4, min_positives=7)
+    enough = [user for user in strict.users if sum(e.user_id == user and e.clicked for e in events()) >= 7]
+    asked = [user for user, _ in strict.item("i7").interested]
+    assert asked and set(asked) <= set(enough) < set(strict.users)
 
 
 @pytest.mark.parametrize(("count", "dim"), [(1, 8), (5, 1), (2, 8)])
