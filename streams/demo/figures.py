@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from gpl.arrays import sigmoid
 from gpl.evaluation.intervals import Interval, bootstrap_mean_ci, paired_difference_ci
 from gpl.evaluation.metrics import auc, gauc, log_loss
 
@@ -90,7 +91,7 @@ def progressive(evaluation: Evaluation) -> dict[str, dict[str, float | None]]:
         figures[MODELS[name]] = {
             "auc": _finite(auc(clicked, logits)),
             "gauc": _finite(gauc(clicked, logits, evaluation.users)),
-            "log_loss": _finite(log_loss(clicked, 1 / (1 + np.exp(-logits)))),
+            "log_loss": _finite(log_loss(clicked, sigmoid(logits))),
         }
     return figures
 

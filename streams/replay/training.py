@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gpl.arrays import sigmoid
 from gpl.catalogue import Catalogue
 from gpl.evaluation.intervals import bootstrap_mean_ci, paired_difference_ci
 from gpl.evaluation.metrics import auc, gauc, log_loss
@@ -124,7 +125,7 @@ def _figures(place: int, scores: Columns, ranks: Columns) -> dict[str, float | N
     if len(clicked):
         figures["auc"] = auc(clicked, logits)
         figures["gauc"] = gauc(clicked, logits, users)
-        figures["log_loss"] = log_loss(clicked, 1 / (1 + np.exp(-logits.clip(-50, 50))))
+        figures["log_loss"] = log_loss(clicked, sigmoid(logits))
     if len(hits):
         figures["hr10"] = float(hits.mean())
     if tail.any():

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gpl.arrays import sigmoid
 from gpl.evaluation.metrics import auc, calibration_error, gauc, log_loss
 from gpl.labels.matching import Floats, Ints
 from gpl.preranker.batch import Batch
@@ -253,7 +254,7 @@ _BY_MODEL = ("logits", "rank", "pseudo")
 def _figures(clicked: Bools, logits: NDArray[np.float64], rank: Ints) -> dict[str, float]:
     if not len(clicked):
         return {}
-    probability = _sigmoid(logits)
+    probability = sigmoid(logits)
     ranked = rank > 0
     figures = {
         "click_rate": float(clicked.mean()),
@@ -270,7 +271,7 @@ def _pseudo_figures(label: NDArray[np.float64], logits: NDArray[np.float64]) -> 
     """Against labels in [0, 1]. AUC: each pair counts as a click with weight ``label``, else with the rest."""
     if not len(label):
         return {}
-    p = _sigmoid(logits).clip(1e-7, 1 - 1e-7)
+    p = sigmoid(logits).clip(1e-7, 1 - 1e-7)
     edges = np.quantile(p, np.arange(1, 10) / 10, method="inverted_cdf")
     gap = np.bincount(np.searchsorted(edges, p), label - p, minlength=10)
     _, tie = np.unique(logits, return_inverse=True)
@@ -282,8 +283,3 @@ def _pseudo_figures(label: NDArray[np.float64], logits: NDArray[np.float64]) -> 
         "log_loss": float(-(label * np.log(p) + (1 - label) * np.log1p(-p)).mean()),
         "ece": float(np.abs(gap).sum() / len(label)),
     }
-
-
-def _sigmoid(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    probability: NDArray[np.float64] = 1 / (1 + np.exp(-logits.clip(-50, 50)))
-    return probability
