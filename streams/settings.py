@@ -226,7 +226,7 @@ class TrainerSettings(Section):
     learning_rate: float = Field(3e-3, gt=0, description="of Adam")
     weight_decay: float = Field(1e-5, ge=0, description="of the projection of item vectors alone")
     pseudo_weight: float = Field(
-        3.0, ge=0, description="lambda, the weight of the pseudo-label loss; 0 is exposed only"
+        3.0, ge=0, description="lambda, the weight of the pseudo-label loss; 0 is without them"
     )
     evidence: bool = Field(
         True,
@@ -249,7 +249,8 @@ class TrainerSettings(Section):
         False, description="listwise labels teach taste alone, not how good items are; for users of many clicks"
     )
     shadow: bool = Field(
-        False, description="train an exposed-only twin beside it, to see the gain of pseudo-labels live"
+        False,
+        description="train an exposed-only twin beside it, to see live what pseudo-labels and negatives gain together",
     )
     checkpoint_every_wall_seconds: float = Field(
         30, gt=0, description="between checkpoints, if something was trained on"

@@ -71,7 +71,7 @@ def _like(name: str, title: str, group: Group, **settings: Any) -> Method:
 
 _MATCHING = {"matching": ("max", "kernel")}
 _OFF = {"dispersion": False, "history": False, "generation": False}
-_NEGATIVES = {"weight": (1.0, 0.03, 0.3, 3.0), "source": ("recalled", "uniform")}
+_NEGATIVES = {"weight": (1.0, 0.03, 0.3, 3.0, 10.0), "source": ("recalled", "uniform")}
 _TAUGHT = {"weight": (1.0, 0.1, 0.3, 3.0), "source": ("recalled", "uniform"), **_MATCHING}
 
 _FORM = {
@@ -97,7 +97,7 @@ _STREAM = {
     "sharpness": "effect",
     "weight": 3.0,
 }
-"""As `streams.settings` has it by default; the width and the steps of the model are the study's."""
+"""As `streams.settings` has the trainer by default; the width and the steps of the model are the study's."""
 _POINTWISE = {"pseudo": "pointwise", "negatives": 0.0}
 _STARTS: tuple[Settings, ...] = ({}, _STREAM, {**_POINTWISE, "source": "uniform"})
 """What was chosen without pseudo-labels, and of which items; what the stream does by default, which labels what
@@ -108,7 +108,13 @@ METHODS: tuple[Method, ...] = (
     _anchor_alone("anchor-history", "Anchor score alone, history clusters", "history", _MATCHING),
     _anchor_alone("anchor-lm", "Anchor score alone, small LM", "small-lm", _MATCHING),
     _anchor_alone("anchor-mean", "Anchor score alone, centred mean history", "mean"),
-    Method("ease", "EASE", "no pseudo-labels", untrained.ease, {"regularisation": (100.0, 30.0, 300.0, 1000.0)}),
+    Method(
+        "ease",
+        "EASE",
+        "no pseudo-labels",
+        untrained.ease,
+        {"regularisation": (100.0, 10.0, 30.0, 300.0, 1000.0, 3000.0)},
+    ),
     Method("exposed", "Exposed only", "no pseudo-labels", baselines.exposed_only, settings={"generator": None}),
     Method(
         "exposed-score",
@@ -193,14 +199,21 @@ METHODS: tuple[Method, ...] = (
     ),
     Method(
         "gpl-stream",
-        "GPL as the stream trains by default",
+        "GPL as the stream trains by default, with history clusters",
         "gpl",
         gpl_of,
         settings={"generator": "history", **_STREAM},
     ),
     Method(
+        "gpl-stream-lm",
+        "GPL as the stream trains by default, small LM",
+        "gpl",
+        gpl_of,
+        settings={"generator": "small-lm", **_STREAM},
+    ),
+    Method(
         "stream-pointwise",
-        "GPL as the stream trains with pointwise labels",
+        "GPL as the stream trains with pointwise labels, history clusters",
         "gpl",
         gpl_of,
         settings={"generator": "history", **_STREAM, **_POINTWISE},
@@ -210,7 +223,7 @@ METHODS: tuple[Method, ...] = (
         "GPL with the paper's loss: pointwise, labels by the score alone",
         "gpl",
         gpl_of,
-        {"weight": (1.0, 0.1, 0.3, 3.0), "source": ("recalled", "uniform"), **_MATCHING},
+        {"weight": (1.0, 0.1, 0.3, 3.0, 10.0), "source": ("recalled", "uniform"), **_MATCHING},
         settings={"generator": "history", "pseudo": "paper", "negatives": 0.0},
     ),
     _like("gpl-lm", "GPL, small LM", "gpl", generator="small-lm"),

@@ -68,10 +68,10 @@ def _lines(summary: Summary, plots: Sequence[str]) -> Iterator[str]:
         "Written by `gpl evaluate --write`, not by hand. How worlds are made, what each method does and how it is "
         "judged: [evaluation.md](evaluation.md). Figures are means over test users and seeds "
         f"({len(seeds)}: {', '.join(map(str, seeds))}); settings were chosen on the validation users of the "
-        f"{chosen_with}; the test users were judged once. Brackets are 95% intervals: for HR, NDCG, AUC over all "
-        "candidates and diversity from a bootstrap over users and seeds at once, for the other columns Student's t "
-        "over seeds; comparisons are paired. Best without pseudo-labels is the best on these test users, which "
-        "favours the rival."
+        f"{chosen_with}; the test users were judged once in this form. Brackets are 95% intervals: for HR, NDCG, AUC "
+        "over all candidates and diversity from a bootstrap over users and seeds at once, for the other columns "
+        "Student's t over seeds; comparisons are paired. Best without pseudo-labels is the best on these test users, "
+        "which favours the rival."
     )
     for one in summary["sets"]:
         yield from _set(one)

@@ -112,8 +112,8 @@ def _targets(result: SetResult) -> list[dict[str, Any]]:
                 wanted = f"at least {-AUC_LOSS:+.1%}"
                 found.append(_target(f"exposed AUC against {kind}", rival.method.name, wanted, relative, met))
     for label, name, plain in (
-        ("no harm: HR@10 against GPL without its pseudo-labels", SUBJECT, "no-labels"),
-        ("no harm: tail HR@10 against GPL without its pseudo-labels", SUBJECT, "no-labels"),
+        ("no harm: HR@10 against its own loss without pseudo-labels", SUBJECT, "no-labels"),
+        ("no harm: tail HR@10 against its own loss without pseudo-labels", SUBJECT, "no-labels"),
         ("no harm: HR@10 with anchors of other users", "shuffled", "shuffled-0"),
         ("no harm: HR@10 with random anchors", "random", "random-0"),
     ):
