@@ -78,7 +78,10 @@ class Catalogue:
         # Written so that NaN and infinity fail it too.
         if not abs(norm - 1.0) <= UNIT_TOLERANCE:
             raise ValueError(f"item {item_id!r}: vector has length {norm:g}, expected 1 within {UNIT_TOLERANCE:g}")
-        codes = np.asarray(sid, np.int32)
+        try:
+            codes = np.asarray(sid, np.int32)
+        except OverflowError as error:
+            raise ValueError(f"item {item_id!r}: sid {list(sid)} has a code beyond 32 bits") from error
         if codes.shape != (self.levels,):
             raise ValueError(f"item {item_id!r}: sid has shape {codes.shape}, expected ({self.levels},)")
         if codes.min() < 0:

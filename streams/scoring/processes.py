@@ -35,6 +35,8 @@ log = structlog.get_logger()
 
 GRACE_SECONDS = 10
 """For requests in flight at the end."""
+KEEP_ALIVE_SECONDS = 75
+"""Longer than clients keep an idle connection, which would otherwise be closed under their next request."""
 RESTART_SECONDS = 1.0
 """Between starts of a process that keeps dying."""
 SWITCH_SECONDS = 0.0005
@@ -77,6 +79,7 @@ def _serve(settings: Settings, frame: Frame) -> None:
         access_log=False,
         limit_concurrency=settings.serve.max_concurrency,
         timeout_graceful_shutdown=GRACE_SECONDS,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
     )
     with _bound(settings, shared=settings.serve.workers > 1) as listener:
         uvicorn.Server(config).run(sockets=[listener])

@@ -8,10 +8,11 @@ and back cost more than their scores.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
 
 import msgspec
@@ -31,6 +32,8 @@ MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
 
 _ID_BYTES = 4 * 256 + 8
 """An id of 256 characters as JSON at its longest, with quotes and comma."""
+_DISCARD_BYTES, _DISCARD_SECONDS = 2**27, 2.0
+"""Of a body that is too long, read before it is refused."""
 
 
 class ScoreRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -133,15 +136,29 @@ def create_app(scorer: Scorer, settings: ServeSettings, health: metrics.Health) 
 
 async def _body(request: Request, limit: int) -> bytes:
     stated = request.headers.get("content-length", "0")
+    stream = request.stream()
     if stated.isdigit() and int(stated) > limit:
+        await _discard(stream)
         raise RequestError(413, "content-length", f"{stated} bytes, at most {limit} are read")
     parts, size = [], 0
-    async for part in request.stream():
+    async for part in stream:
         size += len(part)
         if size > limit:
+            await _discard(stream)
             raise RequestError(413, "body", f"more than {limit} bytes, at most so many are read")
         parts.append(part)
     return b"".join(parts)
+
+
+async def _discard(stream: AsyncIterator[bytes]) -> None:
+    """Read on, within limits: on a connection that is closed with input unread the answer is lost to a reset."""
+    size = 0
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_DISCARD_SECONDS):
+            async for part in stream:
+                size += len(part)
+                if size > _DISCARD_BYTES:
+                    return
 
 
 _AT = re.compile(r"^(?P<why>.*) - at `\$\.?(?P<field>.*)`$")

@@ -23,7 +23,7 @@ from streams.log_view import LogView
 from streams.settings import KafkaSettings, TrainerSettings
 from streams.topics import full_name
 from streams.trainer import probe
-from streams.trainer.gate import Feed, Refusal, gate
+from streams.trainer.gate import Feed, Refusal, gate, levels
 
 log = structlog.get_logger()
 
@@ -31,6 +31,7 @@ TOPIC = "model-updates"
 _SEND_TIMEOUT_SECONDS = 60.0
 _HOUR_MS = 3_600_000
 _LOOK_BACK = 100  # requests at least that the gate looks at: a slow flood has few between two attempts
+_LOOK_BACK_EXPOSURES = 500  # exposed items at least that it looks at beside: a request may have one
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,19 @@ class Publisher:
             fresh = self._settings.recent_records
         self._attempted, self._trained = candidate.records, candidate.trained
         accepted = self.store.accepted()
-        moved, refusal = self._judge(candidate, last, model, fresh, accepted)
+        spaces = candidate.versions["encoder"], candidate.versions["quantiser"]
+        comparable = model is None or (model.manifest.encoder, model.manifest.quantiser) == spaces
+        before = last.metrics if last is not None and comparable and not accepted else {}
+        moved = probe.compare(model.probe if model is not None and comparable else models.NO_PROBE, candidate.score)
+        refusal = gate(
+            candidate.weights,
+            candidate.metrics,
+            candidate.evaluated,
+            _feeds(candidate, max(fresh, _LOOK_BACK)),
+            before,
+            {name: value for name, value in moved.items() if name == "finite" or not accepted},
+            self._settings,
+        )
         if refusal is not None:
             self.refuse(refusal, candidate.step)
             return None
@@ -166,7 +179,9 @@ class Publisher:
         metrics.PUBLICATION_BLOCKED.set(0)
         now = self._clock()
         counts = {"records": float(candidate.records), "trained": float(candidate.trained)}
-        figures = {**candidate.metrics, **counts, **_drift(moved)}
+        since = 0.0 if model is None else max(0.0, now - model.manifest.published_at / 1000)
+        slow = levels(candidate.metrics, candidate.evaluated, before, since, self._settings)
+        figures = {**candidate.metrics, **counts, **_drift(moved), **slow}
         if candidate.newest_at is not None:
             figures["model_age_seconds"] = now - candidate.newest_at / 1000
         version = self._write(candidate, figures, int(now * 1000))
@@ -200,30 +215,6 @@ class Publisher:
         last = self.last
         # Restarted, and not past what it published?
         return self._attempted is not None or last is None or last.metrics.get("trained") != candidate.trained
-
-    def _judge(
-        self,
-        candidate: Candidate,
-        last: ModelUpdate | None,
-        model: models.Published | None,
-        fresh: int,
-        accepted: bool,
-    ) -> tuple[Mapping[str, float], Refusal | None]:
-        spaces = candidate.versions["encoder"], candidate.versions["quantiser"]
-        comparable = model is None or (model.manifest.encoder, model.manifest.quantiser) == spaces
-        before = model.probe if model is not None and comparable else models.NO_PROBE
-        figures = last.metrics if last is not None and comparable and not accepted else {}
-        moved = probe.compare(before, candidate.score)
-        refusal = gate(
-            candidate.weights,
-            candidate.metrics,
-            candidate.evaluated,
-            candidate.feed(max(fresh, _LOOK_BACK)),
-            figures,
-            {name: value for name, value in moved.items() if name == "finite" or not accepted},
-            self._settings,
-        )
-        return moved, refusal
 
     def _last_model(self) -> models.Published | None:
         """The model that was announced last; None when there is none, or its files are gone or damaged.
@@ -329,3 +320,12 @@ class Publisher:
 
 def _drift(moved: Mapping[str, float]) -> dict[str, float]:
     return {name: moved[name] for name in ("psi", "agreement") if name in moved}
+
+
+def _feeds(candidate: Candidate, requests: int) -> list[Feed]:
+    """The labels of the newest ``requests``, and of as many as have `_LOOK_BACK_EXPOSURES`, or of all there are."""
+    feeds = [candidate.feed(requests)]
+    while feeds[-1].exposures < _LOOK_BACK_EXPOSURES and feeds[-1].requests >= requests:
+        requests *= 2
+        feeds[1:] = [candidate.feed(requests)]
+    return feeds

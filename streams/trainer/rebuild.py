@@ -25,7 +25,7 @@ from streams.settings import KafkaSettings, Settings, TrainerSettings
 from streams.storage import open_storage
 from streams.topics import full_name
 from streams.trainer import intake
-from streams.trainer.batch_journal import Batch, BatchJournal, Run, software
+from streams.trainer.batch_journal import Batch, BatchJournal, JournalError, Run, software
 from streams.trainer.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from streams.trainer.columns import Columns
 from streams.trainer.publish import Candidate
@@ -89,6 +89,10 @@ def rebuild(
         threads = torch.get_num_threads()
         try:
             replay.go(journal, lineage, found, progress)
+        except JournalError as error:
+            raise JournalError(
+                f"{error}; a checkpoint behind it may do: --base STEP of `gpl models checkpoints`"
+            ) from error
         finally:
             torch.set_num_threads(threads)
     candidate = replay.trainer.candidate(replay.positions, run)

@@ -185,7 +185,7 @@ def turned_round(label: Label) -> Label:
 @pytest.mark.parametrize(
     ("poison", "reasons"),
     [
-        (lambda label: with_clicks(label, 1), {"click_rate", "regression", "drift"}),
+        (lambda label: with_clicks(label, 1), {"one_class", "click_rate", "regression", "drift"}),
         (of_one_user, {"one_user"}),
         (turned_round, {"regression", "click_rate", "drift"}),
     ],

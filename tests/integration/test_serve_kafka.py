@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import signal
 import time
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
@@ -73,6 +75,17 @@ def test_a_killed_worker_is_replaced(kafka_settings: KafkaSettings, tmp_path: Pa
         system.wait_until_ready()
         outcome = system.load(sent, rate=50, seconds=1, connections=8, reload_every=None)
         assert outcome.errors == {} and outcome.statuses == {200: 50}
+
+
+def test_a_client_that_sends_far_too_much_is_told_so(kafka_settings: KafkaSettings, tmp_path: Path) -> None:
+    state = SyntheticState(items=50, users=5, anchors=2, dim=8, seed=3)
+    part, parts = b" " * 2**20, 40
+    with ServedSystem(kafka_settings, state, tmp_path, workers=1) as system:
+        for body in (part * parts, iter([part] * parts)):  # with its length, and in chunks
+            with closing(http.client.HTTPConnection("127.0.0.1", system.port, timeout=30)) as connection:
+                connection.request("POST", "/v1/score", body)  # all of it, before it reads the answer
+                answer = connection.getresponse()
+                assert answer.status == 413 and b"at most" in answer.read()
 
 
 def test_no_process_outlives_its_supervisor_and_a_port_that_is_served_is_taken(

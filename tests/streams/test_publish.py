@@ -23,7 +23,7 @@ from streams.contracts import ModelUpdate, decode
 from streams.log_view import LogView
 from streams.settings import KafkaSettings, Settings, TrainerSettings
 from streams.trainer import publish, versions
-from streams.trainer.gate import RULES, Feed, gate
+from streams.trainer.gate import RULES, Feed, gate, levels
 from streams.trainer.publish import Announced, Candidate, Publisher, announce, update_of
 
 SETTINGS = TrainerSettings(publish_min_records=10, publish_max_regression=0.1)
@@ -70,7 +70,7 @@ def judged(
 ) -> str | None:
     """Reason of the refusal."""
     c = candidate(**(changes or {}))
-    refusal = gate(c.weights, c.metrics, c.evaluated, c.feed(10), last or {}, moved or {}, SETTINGS)
+    refusal = gate(c.weights, c.metrics, c.evaluated, [c.feed(10)], last or {}, moved or {}, SETTINGS)
     assert refusal is None or (refusal.reason in RULES and refusal.why)
     return refusal and refusal.reason
 
@@ -96,8 +96,15 @@ def test_the_gate_lets_a_sound_model_through() -> None:
         ({"metrics": {"auc": 0.59}}, {"auc": 0.7}, {}, "regression"),
         ({"feed": lambda n: Feed(10, 100, 100, 2)}, {}, {}, "one_class"),
         ({"feed": lambda n: Feed(10, 100, 0, 2)}, {}, {}, "one_class"),
-        ({"feed": lambda n: Feed(10, 100, 100, 2)}, {"click_rate": 0.2}, {}, "click_rate"),
-        ({"feed": lambda n: Feed(50, 1000, 0, 2)}, {"click_rate": 0.2}, {}, "click_rate"),
+        ({"feed": lambda n: Feed(10, 100, 100, 2)}, {"click_rate": 0.2}, {}, "one_class"),
+        ({"feed": lambda n: Feed(10, 100, 80, 2)}, {"click_rate": 0.1}, {}, "click_rate"),
+        ({"feed": lambda n: Feed(50, 1000, 0, 2)}, {"click_rate": 0.2}, {}, "one_class"),
+        ({"feed": lambda n: Feed(50, 1000, 5, 2)}, {"click_rate": 0.2}, {}, "click_rate"),
+        ({"feed": lambda n: Feed(50, 500, 400, 2)}, {"click_rate": 0.6, "level_click_rate": 0.2}, {}, "click_rate"),
+        ({"metrics": {"log_loss": 0.1, "click_rate": 0.0}}, {"auc": 0.7, "log_loss": 0.5}, {}, "regression"),
+        ({}, {"auc": 0.75, "level_auc": 0.85}, {}, "regression"),
+        # The entropy of .2 is .50: nothing is known any more of what gave .15 nats.
+        ({}, {"log_loss": 0.5, "level_excess_log_loss": -0.15}, {}, "regression"),
         ({"feed": lambda n: Feed(60, 100, 20, 31)}, {"click_rate": 0.2}, {}, "one_user"),
         ({}, {}, {"psi": 1.1}, "drift"),
         ({}, {}, {"psi": float("nan")}, "drift"),
@@ -108,6 +115,21 @@ def test_the_gate_refuses(
     changes: dict[str, Any], last: dict[str, float], moved: dict[str, float], reason: str
 ) -> None:
     assert judged(changes, last, moved) == reason
+
+
+def test_levels_keep_the_best_and_come_slowly_to_what_is() -> None:
+    day, own = 24 * 3600.0, TrainerSettings(recent_records=50)
+    figures = {"auc": 0.8, "log_loss": 0.4, "click_rate": 0.5}
+    assert levels(figures, 49, {}, 0, own) == {}  # the best of small windows is luck
+    first = levels(figures, 50, {}, 0, own)
+    assert first == {"level_auc": 0.8, "level_click_rate": 0.5, "level_excess_log_loss": 0.4 - np.log(2)}
+    worse, better = {"auc": 0.7, "log_loss": 0.5, "click_rate": 0.5}, {"auc": 0.9, "log_loss": 0.3, "click_rate": 0.5}
+    assert levels(worse, 50, first, 0, own) == first
+    assert levels(better, 50, first, 0, own)["level_auc"] == 0.9
+    later = levels({**worse, "click_rate": 0.25}, 50, first, day, own)
+    assert later["level_auc"] == pytest.approx(0.75) and later["level_click_rate"] == pytest.approx(0.375)
+    assert levels({"click_rate": 1.0}, 50, first, 0, own) == first  # what is not defined stays as it was
+    assert levels(figures, 50, {"auc": 0.8, "psi": 0.1}, 0, own) == first
 
 
 def manifest(version: str = "v000001-00000003") -> models.Manifest:
