@@ -74,9 +74,11 @@ def test_settings_are_chosen_by_the_mean_over_the_tuning_seeds(
     """Validation hits are made up: each regularisation is best for one seed, and another for their mean."""
     hits = {
         100.0: {0: 0.9, 1: 0.0, 2: 0.2},
+        10.0: {0: 0.0, 1: 0.0, 2: 0.0},
         30.0: {0: 0.1, 1: 0.9, 2: 0.0},
         300.0: {0: 0.6, 1: 0.6, 2: 0.3},
         1000.0: {0: 0.0, 1: 0.0, 2: 0.9},
+        3000.0: {0: 0.0, 1: 0.0, 2: 0.0},
     }
     asked: list[int] = []
 
