@@ -101,7 +101,7 @@ def suggest_codebook_size(n_items: int) -> int:
     Ours. About sqrt(n) codes put about sqrt(n) items under each first-level code, so the generator sees each often
     enough to learn it; two levels then have room for every item, and the third keeps apart what is close. Share of
     items that share their SID with another, at the suggested size: 3.9% of MovieLens-100K titles (1,682 items, 64;
-    16.9% at 32, 2.5% at 128, 2.1% have the same text), 4.0% of MIND headlines (2,000, 64), 32% and 38% of two shop
+    16.9% at 32, 2.5% at 128, 2.1% have the same text), 4.0% of MIND headlines (2,000, 64), 32% and 39% of two shop
     catalogues full of variants of one product (3,259 and 3,459, 64). Sharing among variants is harmless: their mean
     is the anchor. Where it is not, set a larger size.
     """
