@@ -36,6 +36,13 @@ def grown(array: npt.NDArray[_Value], rows: int) -> npt.NDArray[_Value]:
     return np.concatenate([array, more])
 
 
+def add_at(table: npt.NDArray[np.float64], rows: npt.NDArray[np.int64], columns: npt.NDArray[np.float64]) -> None:
+    """Add ``columns`` (k, n) to the ``rows`` (n,) of ``table`` (m, k); a row may stand there more than once."""
+    # Column by column: on rows of three it takes numpy seven times as long.
+    for column, values in zip(table.T, columns, strict=True):
+        np.add.at(column, rows, values)
+
+
 def check_shape(name: str, state: Mapping[str, Any], shape: tuple[int | None, ...]) -> None:
     """Raises ValueError when ``state`` lacks an array or tensor, or it has another shape. None is any length."""
     if name not in state:

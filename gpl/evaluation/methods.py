@@ -223,7 +223,7 @@ METHODS: tuple[Method, ...] = (
         "GPL with the paper's loss: pointwise, labels by the score alone",
         "gpl",
         gpl_of,
-        {"weight": (1.0, 0.1, 0.3, 3.0, 10.0), "source": ("recalled", "uniform"), **_MATCHING},
+        {**_TAUGHT, "weight": (*_TAUGHT["weight"], 10.0)},
         settings={"generator": "history", "pseudo": "paper", "negatives": 0.0},
     ),
     _like("gpl-lm", "GPL, small LM", "gpl", generator="small-lm"),

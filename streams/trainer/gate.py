@@ -28,6 +28,7 @@ _PRIOR = 100.0  # exposures at the published click rate that a small sample is m
 _BY_CHANCE = math.log(1e-9)  # clicks of one kind only that are less likely than this are no chance
 _HALF_LIFE = 24 * 3600.0  # seconds after which a level has come half way to where things are
 _LEVEL = "level_"
+_BEST = {f"{_LEVEL}auc": max, f"{_LEVEL}excess_log_loss": min}  # levels that what is better takes along at once
 
 
 @dataclass(frozen=True)
@@ -89,14 +90,11 @@ def levels(
     kept: float = 0.5 ** (seconds / _HALF_LIFE)
     for name, now in _measured(metrics).items():
         if name in found:
-            moved = now + kept * (found[name] - now)
-            found[name] = _BEST.get(name, lambda _, slow: slow)(now, moved)
+            slow = now + kept * (found[name] - now)
+            found[name] = _BEST[name](now, slow) if name in _BEST else slow
         elif evaluated >= settings.recent_records:
             found[name] = now
     return found
-
-
-_BEST = {f"{_LEVEL}auc": max, f"{_LEVEL}excess_log_loss": min}
 
 
 def _measured(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -109,8 +107,8 @@ def _measured(metrics: Mapping[str, float]) -> dict[str, float]:
 def _labels(feed: Feed, last: Mapping[str, float], settings: TrainerSettings) -> Refusal | None:
     published_rate = last.get("click_rate")
     if feed.exposures and feed.clicks in (0, feed.exposures):
-        share = published_rate if feed.clicks else 1 - (published_rate or 0.0)
-        if published_rate is None or feed.exposures * math.log(max(share or 0.0, 1e-6)) < _BY_CHANCE:
+        chance = None if published_rate is None else published_rate if feed.clicks else 1 - published_rate
+        if chance is None or feed.exposures * math.log(max(chance, 1e-6)) < _BY_CHANCE:
             what = "a click" if feed.clicks else "without a click"
             return Refusal("one_class", f"all of the newest {feed.exposures} exposed items are {what}")
     for name, when in (("click_rate", "when the last model was published"), (f"{_LEVEL}click_rate", "as a rule")):
