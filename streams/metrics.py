@@ -108,7 +108,9 @@ UNKNOWN_CANDIDATES = Counter("gpl_unknown_candidates_total", "Those of them with
 TRAINER_STEPS = Counter("gpl_trainer_steps_total", "Optimizer steps")
 TRAINER_RECORDS = Counter("gpl_trainer_records_total", "Label records trained on")
 TRAINER_SKIPPED = Counter(
-    "gpl_trainer_skipped_total", "Items without a vector, and records of another space, not trained on", ["reason"]
+    "gpl_trainer_skipped_total",
+    "Not trained on: items without a vector; records of another space; corrections behind the dedup window",
+    ["reason"],
 )
 TRAINER_LAG_SECONDS = Gauge("gpl_trainer_lag_seconds", "Age, when it was trained on, of the newest label record")
 IDS = Gauge("gpl_ids", "Ids in the pre-ranker's tables", ["table"])

@@ -1,4 +1,4 @@
-"""Processes of ``multiprocessing`` that shall not outlive the one that started them."""
+"""Processes that shall not outlive the one that started them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 
 
 def end_with_parent(number: int = signal.SIGKILL) -> None:
@@ -19,3 +20,15 @@ def end_with_parent(number: int = signal.SIGKILL) -> None:
             os.kill(os.getpid(), number)
 
         threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def end_when_orphaned() -> None:
+    """Kill this process when its parent, another program, is gone; looks once a second."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()

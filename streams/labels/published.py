@@ -64,16 +64,16 @@ class Published:
         self.labels = {name: said for name, said in self.labels.items() if any(name in those for those in held)}
 
     def note(self, record: Any) -> None:
-        """A label record (kafka-python's) that is in the log."""
-        headers = dict(record.headers)
+        """A label record (kafka-python's) that is in the log. Another's, without what ours carry, says nothing."""
+        headers = {name: data for name, data in record.headers if data is not None}
         self.newest_ms = max(self.newest_ms, record.timestamp)
-        if REQUEST_ID not in headers:
+        try:
+            request_id, revision, digest = headers[REQUEST_ID].decode(), int(headers[REVISION]), headers[DIGEST]
+            outcome = headers[OUTCOME].decode() if OUTCOME in headers else None
+        except (KeyError, ValueError):
             return
-        request_id = headers[REQUEST_ID].decode()
-        revision = int(headers[REVISION])
         if request_id not in self.labels or self.labels[request_id].revision < revision:
-            outcome = headers.get(OUTCOME)
-            self.labels[request_id] = Said(revision, headers[DIGEST], outcome and outcome.decode())
+            self.labels[request_id] = Said(revision, digest, outcome)
 
 
 def read_back(kafka: KafkaSettings, partition: int, since_kafka_ms: int, sources: Iterable[str]) -> Published:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -88,6 +89,7 @@ class Scorer:
         self._anchor_scores = AnchorScores(settings.serve.memo_mb << 20)
         self._announced: ModelUpdate | None = None
         self._retry_at = 0.0
+        self._reading: tuple[ModelUpdate, float, Future[models.Published]] | None = None
         self._served: Served | None = None
         self._lock = threading.Lock()  # of all state below scores; never held while a model is read
         self._stop = threading.Event()
@@ -165,22 +167,29 @@ class Scorer:
             anchors=anchors is not None,
         )
 
-    def refresh(self) -> None:
+    def refresh(self, wait: bool = True) -> None:
         """Take the model that was announced last into service, unless it is there already. Refuses a bad one.
 
-        To be called by the thread that feeds the handlers: the catalogue must not change meanwhile.
+        Storage is read beside, one model at a time; not to ``wait`` for it is to call again later. To be called by the
+        thread that feeds the handlers: the catalogue must not change while a model is laid out.
         """
-        update = self._announced
-        if update is None or time.monotonic() < self._retry_at:
+        if self._reading is None:
+            update = self._announced
+            if update is None or time.monotonic() < self._retry_at:
+                return
+            self._announced = None
+            if update.version == self.model_version:
+                return
+            self._reading = update, time.perf_counter(), _read(update)
+        update, started, reading = self._reading
+        if not wait and not reading.done():
             return
-        self._announced = None
-        if update.version == self.model_version:
-            return
-        started = time.perf_counter()
+        self._reading = None
         try:
-            served = Served.load(update, self._frame, self._catalogue)
+            served = Served.of(reading.result(), self._frame, self._catalogue)
         except (models.ModelError, ValueError) as error:
-            if isinstance(error.__cause__, OSError):  # a storage that is away comes back; what is in it stays
+            # A storage that is away comes back; what is in it stays.
+            if isinstance(error.__cause__, OSError) and self._announced is None:
                 self._announced, self._retry_at = update, time.monotonic() + RETRY_SECONDS
             metrics.MODELS_REFUSED.inc()
             log.error("model_refused", version=update.version, why=str(error), in_service=self.model_version)
@@ -233,7 +242,7 @@ class Scorer:
                 view.apply(view.fetch(0.2))
                 metrics.CATALOGUE_ITEMS.set(len(self._catalogue))
                 if view.caught_up():
-                    self.refresh()
+                    self.refresh(wait=False)
                     self._health.done("views")
                     if self._served is not None and "warm-up" in self._health.waiting():
                         self.warm_up()
@@ -244,6 +253,23 @@ class Scorer:
             raise
         finally:
             view.close()
+
+
+def _read(update: ModelUpdate) -> Future[models.Published]:
+    """An announced model, read in a thread of its own: of a storage that is slow or hangs, the catalogue must not wait.
+
+    A daemon's thread, unlike an executor's, keeps no process from ending.
+    """
+    found: Future[models.Published] = Future()
+
+    def read() -> None:
+        try:
+            found.set_result(models.read(update.uri, update.checksum))
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=read, name="model-reading", daemon=True).start()
+    return found
 
 
 def best_first(logits: Floats) -> Ints:

@@ -13,7 +13,6 @@ from gpl.labels.matching import Floats, Ints
 from gpl.preranker.ids import IdTable
 from gpl.preranker.model import PreRanker
 from streams import models
-from streams.contracts import ModelUpdate
 from streams.frame import Frame
 
 
@@ -46,9 +45,8 @@ class Served:
         self._side = self._lay_out(catalogue)
 
     @classmethod
-    def load(cls, update: ModelUpdate, frame: Frame, catalogue: Catalogue) -> Served:
-        """Read an announced model and lay it out. Raises ModelError or ValueError saying what does not fit."""
-        published = models.read(update.uri, update.checksum)
+    def of(cls, published: models.Published, frame: Frame, catalogue: Catalogue) -> Served:
+        """Lay a model out. Raises ModelError or ValueError saying what does not fit."""
         manifest = published.manifest
         space = (manifest.encoder, manifest.quantiser)
         if space != frame.space:

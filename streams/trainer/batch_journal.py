@@ -121,20 +121,23 @@ class BatchJournal:
         self._synced = len(self._batches)
 
     def prune(self, days: float) -> None:
-        """Let go of segments last written more than ``days`` ago, and of headers before the oldest segment left.
+        """Let go of segments last written ``days`` before the newest full one or more, and of headers before the oldest
+        segment left.
 
-        Looks at most once an hour.
+        Not before now: a clock that ran ahead for a moment would end them all. Looks at most once an hour.
         """
         now = self._clock()
-        if now - self._pruned_at < 3600:
+        if 0 <= now - self._pruned_at < 3600:
             return
         self._pruned_at = now
+        full = [found for found in self._segments() if found < (self._run, self._first_step)]
         oldest_kept: int | None = None
-        for run, first in self._segments():
-            if (run, first) >= (self._run, self._first_step):
-                break
+        oldest = now * 1000
+        for run, first in full:
             try:
-                kept = self._segment(run, first).written_at >= (now - days * 86400) * 1000
+                if (run, first) == full[0]:
+                    oldest = min(oldest, self._segment(*full[-1]).written_at) - days * 86_400_000
+                kept = self._segment(run, first).written_at >= oldest
             except JournalError as error:  # a rebuild says so where it needs it; the trainer goes on
                 log.warning("journal_segment_damaged", run=run, first_step=first, why=str(error))
                 kept = True

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import structlog
@@ -33,6 +33,8 @@ _STATE = "state.json"
 _FIGURES = "progressive.json"
 _TENSORS = ".safetensors"
 _HOUR_MS = 3_600_000
+
+Name = TypeVar("Name")
 
 
 class CheckpointError(ValueError):
@@ -210,31 +212,33 @@ class CheckpointStore:
 
     def _retain(self, saved: int) -> None:
         # What lies beyond the step just saved was found damaged at the start, or is what the start goes back behind; it
-        # must not crowd out good ones. It goes in the order of `discard_after`.
-        present = [step for step in self.steps() if step <= saved]
-        kept = set(present[-self._keep :])
-        first_of_hour: dict[int, int] = {}
-        if self._keep_hourly:
-            for step in present:
-                try:
-                    first_of_hour.setdefault(self._hour(step), step)
-                except OSError as error:  # not damaged, as far as anyone can tell
-                    log.warning("checkpoint_unreadable", step=step, path=self._storage.uri(_name(step)), why=str(error))
-                    kept.add(step)
-            newest = self._hour(saved)
-            kept.update(step for hour, step in first_of_hour.items() if newest - self._keep_hourly < hour)
-        for step in self.steps():
+        # must not crowd out good ones, nor must what a failed save left half-written. It goes in the order of
+        # `discard_after`.
+        steps = self.steps()
+        sound: list[int] = []
+        hours: dict[int, int] = {}
+        kept: set[int] = set()
+        for step in (step for step in steps if step <= saved):
+            try:
+                hours[step] = self._hour(step)
+                sound.append(step)
+            except OSError as error:  # not damaged, as far as anyone can tell
+                log.warning("checkpoint_unreadable", step=step, path=self._storage.uri(_name(step)), why=str(error))
+                kept.add(step)
+            except OtherSoftwareError:
+                sound.append(step)
+            except CheckpointError:
+                continue
+        kept.update(sound[-self._keep :], first_of_hours(hours, self._keep_hourly, hours[saved]))
+        for step in steps:
             if step not in kept:
                 self._storage.remove(_name(step), last=_MANIFEST)
                 self._written_at.pop(step, None)
 
     def _hour(self, step: int) -> int:
-        """Since the epoch, in which a checkpoint was written; -1 of one that is damaged. Raises OSError."""
+        """Since the epoch, in which a checkpoint was written. Raises CheckpointError and OSError."""
         if step not in self._written_at:
-            try:
-                self._written_at[step] = self.manifest(step).written_at
-            except CheckpointError:
-                return -1
+            self._written_at[step] = self.manifest(step).written_at
         return self._written_at[step] // _HOUR_MS
 
     def _other(self, step: int, why: str) -> OtherSoftwareError:
@@ -248,6 +252,21 @@ class CheckpointStore:
             return self._storage.read(f"{_name(step)}/{file}")
         except (FileNotFoundError, NotADirectoryError) as error:
             raise CheckpointError(f"{file} is missing") from error
+
+
+def first_of_hours(hours: Mapping[Name, int], keep: int, now: int) -> set[Name]:
+    """The first of each hour, of the newest ``keep`` hours that there is anything of; ``hours``: since the epoch, in
+    the order of writing.
+
+    Hours that something was written in, not hours of the clock: one that ran ahead for a moment would end them all.
+    Those after ``now``, of such a moment, count for nothing and stay.
+    """
+    first: dict[int, Name] = {}
+    for name, hour in hours.items():
+        first.setdefault(hour, name)
+    past = sorted(hour for hour in first if hour <= now)
+    recent = past[-keep:] if keep else []
+    return {first[hour] for hour in recent + [hour for hour in first if keep and hour > now]}
 
 
 def _matches_its_checksum(manifest: bytes) -> bool:

@@ -9,13 +9,15 @@ A label record is identified by (request_id, revision). Of a request,
 
 The window holds the newest ``capacity`` requests; the one seen first leaves first. Within the log a trainer reads
 each offset once (its positions are in the checkpoint), so the window needs to span only how far apart a producer may
-repeat or correct a label.
+repeat or correct a label. A correction of a request that a full window does not know comes too late: what was trained
+of it is forgotten, so nothing of it is trained.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 
 import msgspec
 
@@ -42,6 +44,13 @@ class Fresh:
     pseudo: bool
 
 
+class Known(Enum):
+    """Why nothing of a record is trained: it was before, or what was before is forgotten."""
+
+    REPEATED = auto()
+    FORGOTTEN = auto()
+
+
 class DedupWindow:
     """The newest ``capacity`` requests and what was trained of each. Raises ValueError for a capacity below 1."""
 
@@ -54,17 +63,19 @@ class DedupWindow:
     def __len__(self) -> int:
         return len(self._requests)
 
-    def admit(self, label: Columns) -> Fresh | None:
-        """What to train of this record, now counted as trained; None when it is a redelivery."""
+    def admit(self, label: Columns) -> Fresh | Known:
+        """What to train of this record, now counted as trained; or why it is not."""
         known = self._requests.get(label.request_id)
         exposed, has_pseudo = tuple(label.items[: label.shown]), len(label.items) > label.shown
+        if known is None and label.revision > 0 and len(self._requests) >= self._capacity:
+            return Known.FORGOTTEN
         if known is None:
             self._requests[label.request_id] = Trained(label.revision, exposed, has_pseudo)
             if len(self._requests) > self._capacity:
                 del self._requests[next(iter(self._requests))]
             return Fresh(True, range(label.shown), has_pseudo)
         if label.revision <= known.revision:
-            return None
+            return Known.REPEATED
         done = set(known.exposed)
         fresh = [i for i, item in enumerate(exposed) if item not in done]
         pseudo = has_pseudo and not known.pseudo

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 
 from gpl.preranker.division import Part
+from streams.parent import end_when_orphaned
 
 
 def owner(partition: int, ranks: int) -> int:
@@ -68,9 +69,15 @@ class Processes:
 
     @classmethod
     def from_environment(cls) -> Processes | None:
-        """As torchrun's variables say; None when there are none, or for a single rank."""
+        """As torchrun's variables say; None when there are none, or for a single rank.
+
+        The process ends with torchrun: ranks of a killed one would go on, and keep the next group out.
+        """
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        return cls(int(os.environ["RANK"]), ranks, "env://") if ranks > 1 else None
+        if ranks == 1:
+            return None
+        end_when_orphaned()
+        return cls(int(os.environ["RANK"]), ranks, "env://")
 
     def gather(self, data: bytes) -> list[bytes]:
         try:

@@ -67,10 +67,10 @@ def newest_source_at(records: Iterable[Any]) -> int | None:
     return max((at for at in times if at is not None), default=None)
 
 
-def newest_at(headers: Sequence[tuple[str, bytes]] | None) -> int | None:
+def newest_at(headers: Sequence[tuple[str, bytes | None]] | None) -> int | None:
     """The ``gpl-newest-at`` header: Kafka time (wall milliseconds) of the newest source record of a label."""
     for name, data in headers or ():
-        if name == "gpl-newest-at" and data.isdigit() and len(data) < 16:
+        if name == "gpl-newest-at" and data is not None and data.isdigit() and len(data) < 16:
             return int(data)
     return None
 

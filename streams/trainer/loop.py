@@ -37,7 +37,7 @@ from streams.trainer.gate import Refusal
 from streams.trainer.group import Alone, Group
 from streams.trainer.journal import Journal
 from streams.trainer.publish import Publisher
-from streams.trainer.source import LabelSource, offsets_at
+from streams.trainer.source import LabelSource, OffsetsGoneError, offsets_at
 from streams.trainer.start import StartFrom
 from streams.trainer.trainer import Trainer
 from streams.trainer.vectors import ItemVectors
@@ -56,7 +56,7 @@ class TrainingDivergedError(RuntimeError):
     """The model's weights or scores are no numbers any more; nothing of it was saved or published."""
 
 
-CLEAR = (CheckpointError, InUseError, metrics.AddressError, TrainingDivergedError)
+CLEAR = (CheckpointError, InUseError, metrics.AddressError, OffsetsGoneError, TrainingDivergedError)
 """Errors that an operator can put right: their message says all."""
 
 
@@ -102,9 +102,9 @@ def run(
 
     Beats "trainer"; ready once the catalogue has been read. ``journal``: file of the evaluation journal, none without.
     ``frame``: the space of vectors and labels, by default that of the artefacts. ``group``: of ranks, by default none.
-    ``start_from``, ``skip_to``: see ``start``. Raises TrainingDivergedError, CheckpointError for a start that there is
-    not, or that other settings made, and what the broker or the disk raises: a restarted process continues from the
-    newest valid checkpoint.
+    ``start_from``, ``skip_to``: see ``start``. Raises TrainingDivergedError, OffsetsGoneError, CheckpointError for a
+    start that there is not, or that other settings made, and what the broker or the disk raises: a restarted process
+    continues from the newest valid checkpoint.
     """
     health = health or metrics.Health()
     health.wait_for("trainer")

@@ -23,6 +23,7 @@ from streams.log_view import LogView
 from streams.settings import KafkaSettings, TrainerSettings
 from streams.topics import full_name
 from streams.trainer import probe
+from streams.trainer.checkpoint import first_of_hours
 from streams.trainer.gate import Feed, Refusal, gate, levels
 
 log = structlog.get_logger()
@@ -132,7 +133,6 @@ class Publisher:
         self._published_at: dict[str, int] = {}
         self._attempted: int | None = None  # records trained on at the last attempt, and
         self._trained = 0  # the steps that had moved weights
-        self._refused: str | None = None
 
     @property
     def last(self) -> ModelUpdate | None:
@@ -141,47 +141,32 @@ class Publisher:
 
     def publish(self, candidate: Candidate) -> ModelUpdate | None:
         """Publish and announce; None when there is nothing new, the gate refuses (counted, logged, kept), a version is
-        pinned, or it is put off because the pin or the last model cannot be read (logged)."""
-        self._announced.refresh()
+        pinned, or it is put off because storage does not do as asked (logged)."""
+        attempted = self._attempted, self._trained
         try:
-            self._follow_pin()  # first: the feed may be idle, and the gate shut
-            if not self._has_moved(candidate):
-                return None
-            model = self._last_model()
-        except models.ModelError as error:
+            return self._publish(candidate)
+        except (models.ModelError, OSError) as error:
             log.error("publication_put_off", step=candidate.step, why=str(error))
+            if self.last is None or self.last.metrics.get("trained") != candidate.trained:
+                # Not announced: whatever is there of the version, the next attempt's has a higher number.
+                self._attempted, self._trained = attempted
             return None
-        last = self.last
-        # After a restart: since what serves. Everything would hide a flood that has only begun.
-        known = int(last.metrics.get("records", 0)) if self._attempted is None and last is not None else 0
-        fresh = candidate.records - (self._attempted or known)
-        if fresh <= 0:  # it started from before what serves
-            fresh = self._settings.recent_records
-        self._attempted, self._trained = candidate.records, candidate.trained
+
+    def _publish(self, candidate: Candidate) -> ModelUpdate | None:
+        self._announced.refresh()
+        self._follow_pin()  # first: the feed may be idle, and the gate shut
+        if not self._has_moved(candidate):
+            return None
+        model = self._last_model()
         accepted = self.store.accepted()
-        spaces = candidate.versions["encoder"], candidate.versions["quantiser"]
-        comparable = model is None or (model.manifest.encoder, model.manifest.quantiser) == spaces
-        before = last.metrics if last is not None and comparable and not accepted else {}
-        moved = probe.compare(model.probe if model is not None and comparable else models.NO_PROBE, candidate.score)
-        refusal = gate(
-            candidate.weights,
-            candidate.metrics,
-            candidate.evaluated,
-            _feeds(candidate, max(fresh, _LOOK_BACK)),
-            before,
-            {name: value for name, value in moved.items() if name == "finite" or not accepted},
-            self._settings,
-        )
-        if refusal is not None:
-            self.refuse(refusal, candidate.step)
+        judged = self._judge(candidate, model, accepted)
+        if isinstance(judged, Refusal):
+            self.refuse(judged, candidate.step)
             return None
-        self._refused = None
         metrics.PUBLICATION_BLOCKED.set(0)
         now = self._clock()
         counts = {"records": float(candidate.records), "trained": float(candidate.trained)}
-        since = 0.0 if model is None else max(0.0, now - model.manifest.published_at / 1000)
-        slow = levels(candidate.metrics, candidate.evaluated, before, since, self._settings)
-        figures = {**candidate.metrics, **counts, **_drift(moved), **slow}
+        figures = {**candidate.metrics, **counts, **judged}
         if candidate.newest_at is not None:
             figures["model_age_seconds"] = now - candidate.newest_at / 1000
         version = self._write(candidate, figures, int(now * 1000))
@@ -207,6 +192,37 @@ class Publisher:
 
     def close(self) -> None:
         self._announced.close()
+
+    def _judge(
+        self, candidate: Candidate, model: models.Published | None, accepted: bool
+    ) -> Refusal | dict[str, float]:
+        """What the gate says beside ``model``, the last; of what it lets through, the drift and the levels to carry.
+        ``accepted``: whatever it moved, an operator wants it; only what no model may be is refused."""
+        last = self.last
+        # After a restart: since what serves. Everything would hide a flood that has only begun.
+        known = int(last.metrics.get("records", 0)) if self._attempted is None and last is not None else 0
+        fresh = candidate.records - (self._attempted or known)
+        if fresh <= 0:  # it started from before what serves
+            fresh = self._settings.recent_records
+        self._attempted, self._trained = candidate.records, candidate.trained
+        spaces = candidate.versions["encoder"], candidate.versions["quantiser"]
+        comparable = model is None or (model.manifest.encoder, model.manifest.quantiser) == spaces
+        before = last.metrics if last is not None and comparable and not accepted else {}
+        moved = probe.compare(model.probe if model is not None and comparable else models.NO_PROBE, candidate.score)
+        refusal = gate(
+            candidate.weights,
+            candidate.metrics,
+            candidate.evaluated,
+            _feeds(candidate, max(fresh, _LOOK_BACK)),
+            before,
+            {name: value for name, value in moved.items() if name == "finite" or not accepted},
+            self._settings,
+        )
+        if refusal is not None:
+            return refusal
+        since = 0.0 if model is None else max(0.0, self._clock() - model.manifest.published_at / 1000)
+        slow = levels(candidate.metrics, candidate.evaluated, before, since, self._settings)
+        return {**_drift(moved), **slow}
 
     def _has_moved(self, candidate: Candidate) -> bool:
         """Whether a weight has moved since the last attempt: of some records nothing can be learned."""
@@ -281,17 +297,17 @@ class Publisher:
 
     def _retain(self, published: str) -> None:
         present = self.store.versions()
-        kept = {*present[: self._settings.keep_models], published}
-        first_of_hour: dict[int, str] = {}
-        if self._settings.keep_hourly_models:
-            for version in reversed(present):
-                try:
-                    first_of_hour.setdefault(self._hour(version), version)
-                except models.UnreadableError:
-                    kept.add(version)  # it may be one of them
-            # Not of the newest hour there is: that may be of a clock that ran ahead.
-            last = self._hour(published)
-            kept.update(v for h, v in first_of_hour.items() if h > last - self._settings.keep_hourly_models)
+        hours: dict[str, int] = {}  # of sound ones: what a failed write left half-written must not crowd them out
+        kept = {published}
+        for version in reversed(present):
+            try:
+                hours[version] = self._hour(version)
+            except models.UnreadableError:
+                kept.add(version)  # it may be one of them
+            except models.ModelError:
+                continue
+        kept.update([*hours][-self._settings.keep_models :])
+        kept.update(first_of_hours(hours, self._settings.keep_hourly_models, self._hour(published)))
         for version in present:
             if version not in kept and not self._is_held(version):
                 self.store.remove(version)
@@ -307,14 +323,9 @@ class Publisher:
         return version in (serving and serving.version, pin and pin.version)
 
     def _hour(self, version: str) -> int:
-        """Since the epoch, in which a version was published; -1 of one that is damaged. Raises UnreadableError."""
+        """Since the epoch, in which a version was published. Raises ModelError."""
         if version not in self._published_at:
-            try:
-                self._published_at[version] = self.store.manifest(version)[0].published_at
-            except models.UnreadableError:
-                raise
-            except models.ModelError:
-                self._published_at[version] = -_HOUR_MS
+            self._published_at[version] = self.store.manifest(version)[0].published_at
         return self._published_at[version] // _HOUR_MS
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import structlog
 import torch
 from kafka import TopicPartition
+from kafka.errors import OffsetOutOfRangeError
 
 from gpl.catalogue import Catalogue
 from gpl.preranker.division import in_one_process
@@ -26,7 +27,7 @@ from streams.storage import open_storage
 from streams.topics import full_name
 from streams.trainer import intake
 from streams.trainer.batch_journal import Batch, BatchJournal, JournalError, Run, software
-from streams.trainer.checkpoint import Checkpoint, CheckpointError, CheckpointStore
+from streams.trainer.checkpoint import Checkpoint, CheckpointError, CheckpointStore, Manifest
 from streams.trainer.columns import Columns
 from streams.trainer.publish import Candidate
 from streams.trainer.source import in_merge_order
@@ -117,7 +118,7 @@ def _base(
     """The checkpoint to begin with; None for new weights."""
     root = lineage[0][0]
     if wanted is None:
-        expired = [p for p, at in root.positions.items() if earliest.get(p, 0) > at]
+        expired = _expired(root.positions, lineage, earliest)
         # At step 0 weights are new, also where an earlier run began with them and was let go of.
         pruned = root.step > 0 or (lineage[0][1] > 0 and not journal.holds(root.run, 1))
         if not pruned and not expired:
@@ -136,10 +137,12 @@ def _base(
         try:
             manifest = store.manifest(step)
             last = next((last for run, last in lineage if run.run == manifest.run), -1)
-            positions = manifest.positions
             if manifest.run == root.parent and step == root.step:  # its run has no header (any more)
-                last, positions = step, root.positions
-            lost = [p for p, at in positions.items() if earliest.get(p, 0) > at]
+                last = step
+            ahead = _ahead(lineage, manifest)
+            # Where a run begins with it, the run says where: labels may have expired meanwhile.
+            begins = bool(ahead) and ahead[0][0].step == step and ahead[0][0].run != manifest.run
+            lost = _expired(ahead[0][0].positions if begins else manifest.positions, ahead, earliest)
             if step > lineage[-1][1]:
                 why = "is of a step after the model"
             elif step > last:
@@ -156,6 +159,25 @@ def _base(
         "the log or the journal no longer reaches back to the beginning of the model's history, and no checkpoint of "
         "it from which they lead on is left"
     )
+
+
+def _ahead(lineage: list[tuple[Run, int]], base: Checkpoint | Manifest | None) -> list[tuple[Run, int]]:
+    """The runs of a history that a rebuild goes through from ``base`` on; never none of them."""
+    if base is None:
+        return lineage
+    # A run that ended with the checkpoint has nothing to train again; the model's own is the last anyway.
+    left = [(run, last) for run, last in lineage[:-1] if run.run >= base.run and last > base.step]
+    return [*left, lineage[-1]]
+
+
+def _expired(positions: Mapping[int, int], lineage: list[tuple[Run, int]], earliest: Mapping[int, int]) -> list[int]:
+    """Partitions of the labels that no longer hold what is next at ``positions``, or, of those that came later, where
+    a run first read them."""
+    first = dict(positions)
+    for run, _ in lineage:
+        for p, at in run.positions.items():
+            first.setdefault(p, at)
+    return [p for p, at in first.items() if earliest.get(p, 0) > at]
 
 
 class _Replay:
@@ -184,9 +206,7 @@ class _Replay:
         begun = 0 if base is None else base.step
         state, last_step = base, lineage[-1][1]
         first = True
-        for run, last in lineage:
-            if base is not None and (last < base.step or run.run < base.run):
-                continue
+        for run, last in _ahead(lineage, base):
             if run.versions != self._frame.versions:
                 raise RebuildError(f"run {run.run} trained in the space {run.versions}, here is {self._frame.versions}")
             torch.set_num_threads(run.threads)
@@ -213,6 +233,9 @@ class _Replay:
 
     def _train(self, step: int, batch: Batch) -> None:
         self._apply(dict(batch.vectors))
+        gone = [p for p, start, _ in batch.labels if start < self._labels.earliest.get(p, start + 1)]
+        if gone:
+            raise RebuildError(f"step {step}: partitions {gone} of the labels no longer hold its records")
         records = in_merge_order(self._labels.take(batch.labels))
         read = intake.read_records(records, self._ranks, self._ahead_seconds)
         labels = [found for found in read if isinstance(found, Columns)]
@@ -239,7 +262,8 @@ class _RangeReader:
 
     def __init__(self, kafka: KafkaSettings, name: str) -> None:
         topic = full_name(kafka, name)
-        self._consumer = consumer(kafka, max_poll_records=500)
+        # Without a reset: what retention takes away meanwhile must not be passed over.
+        self._consumer = consumer(kafka, max_poll_records=500, auto_offset_reset="none")
         try:
             found = sorted(self._consumer.partitions_for_topic(topic) or ())
             if not found:
@@ -279,7 +303,10 @@ class _RangeReader:
                 )
         waits = 0
         while missing := [p for p, _, end in ranges if not self._holds(p, end)]:
-            polled = self._consumer.poll(timeout_ms=1000)
+            try:
+                polled = self._consumer.poll(timeout_ms=1000)
+            except OffsetOutOfRangeError as error:
+                raise RebuildError(f"{error}: retention has overtaken the rebuild") from error
             for tp, records in polled.items():
                 self._buffers[tp.partition].extend(records)
             waits = 0 if polled else waits + 1

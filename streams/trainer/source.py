@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import structlog
 from kafka import TopicPartition
+from kafka.errors import OffsetOutOfRangeError
 
 from streams.dead_letters import Original
 from streams.kafka import consumer
@@ -31,6 +32,10 @@ STALL_SECONDS = 10.0
 """Of polling: after it a partition that has records but gives none (no leader) is no longer waited for."""
 BUFFER_BYTES = 256 * 2**20
 """Of values that wait for another partition; above it that partition counts as stalled too."""
+
+
+class OffsetsGoneError(RuntimeError):
+    """The log no longer holds the records that are next."""
 
 
 def in_merge_order(records: Iterable[Any]) -> list[Any]:
@@ -88,7 +93,7 @@ class LabelSource:
     ``positions``: partition -> next offset; partitions that it does not name start at their earliest record. In a
     ``group`` each rank fetches its own partitions, and all ranks cut the same batches of what all have fetched.
     Raises ValueError when the topic is missing, when a position lies behind the end of its partition, or when there
-    are more ranks than partitions.
+    are more ranks than partitions; ``take`` raises OffsetsGoneError.
     """
 
     def __init__(
@@ -101,7 +106,8 @@ class LabelSource:
         topic = full_name(kafka, "labels")
         self._clock = clock
         self._group = group or Alone()
-        self._consumer = consumer(kafka, max_poll_records=200)
+        # Without a reset: to go on elsewhere would skip labels, or train some twice, without a word.
+        self._consumer = consumer(kafka, max_poll_records=200, auto_offset_reset="none")
         try:
             found = self._consumer.partitions_for_topic(topic)
             if not found:
@@ -199,7 +205,13 @@ class LabelSource:
         started = self._clock()
         # A rank must not wait for records that do not exist yet while others have some.
         waiting = self._idle or self._group.ranks == 1 or not self._at_end.issuperset(self._assignment)
-        polled = self._consumer.poll(timeout_ms=50 if waiting else 0)
+        try:
+            polled = self._consumer.poll(timeout_ms=50 if waiting else 0)
+        except OffsetOutOfRangeError as error:
+            raise OffsetsGoneError(
+                f"{error}: retention has overtaken the trainer, or the topic was cut or made anew. Started again, the "
+                "trainer says how many labels are lost and goes on behind them, or says what it would need"
+            ) from error
         now = self._clock()
         # No high-water mark until the first fetch of the partition has come back.
         ends = {p: max(self._ends[p], self._consumer.highwater(tp) or 0) for p, tp in self._assignment.items()}

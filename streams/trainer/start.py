@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal
 
-from streams.trainer.checkpoint import Checkpoint, CheckpointError, CheckpointStore
+from streams.trainer.checkpoint import Checkpoint, CheckpointError, CheckpointStore, OtherSoftwareError
 
 _STEP = re.compile(r"step-(\d+)")
 
@@ -64,7 +64,13 @@ class StartFrom:
         if self.kind == "latest":
             return store.load_newest()
         if self.kind == "step":
-            return store.load(self.value)
+            try:
+                return store.load(self.value)
+            except OtherSoftwareError:
+                raise
+            except CheckpointError as error:
+                why = f"start-from: step-{self.value}: {error}; `gpl models checkpoints` lists what there is"
+                raise CheckpointError(why) from error
         if self.kind != "before":
             return None
         found = store.load_at_most(None, lambda manifest: manifest.written_at <= self.value)

@@ -35,7 +35,7 @@ from streams.trainer.batch import Prepared, Request, Rows, prepare
 from streams.trainer.calibration import CalibrationWindow
 from streams.trainer.checkpoint import Checkpoint, CheckpointError
 from streams.trainer.columns import Columns, columns
-from streams.trainer.dedup import DedupWindow, Trained
+from streams.trainer.dedup import DedupWindow, Known, Trained
 from streams.trainer.evidence import SourcedEvidence
 from streams.trainer.journal import journal_lines
 from streams.trainer.publish import Candidate
@@ -333,8 +333,12 @@ class Trainer:
         for label in labels:
             if label.space != self._frame.space:
                 metrics.TRAINER_SKIPPED.labels("other_space").inc()  # its scores mean nothing beside these vectors
-            elif (new := self._dedup.admit(label)) is None:
+                continue
+            new = self._dedup.admit(label)
+            if new is Known.REPEATED:
                 metrics.DUPLICATES.labels("labels").inc()
+            elif new is Known.FORGOTTEN:
+                metrics.TRAINER_SKIPPED.labels("late_correction").inc()
             else:
                 kept.append(label.only(new.exposed, new.pseudo))
                 first.append(new.first)

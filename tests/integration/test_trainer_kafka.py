@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kafka import KafkaAdminClient, TopicPartition
 from prometheus_client import REGISTRY
 
 from gpl.labels.mixed import MIN_EXPOSURES
@@ -34,7 +35,7 @@ from streams.trainer.checkpoint import Checkpoint, CheckpointError, CheckpointSt
 from streams.trainer.group import Alone, Processes
 from streams.trainer.loop import run
 from streams.trainer.rebuild import RebuildError, rebuild
-from streams.trainer.source import LabelSource
+from streams.trainer.source import LabelSource, OffsetsGoneError
 from streams.views import vector_bytes
 
 DIM, ITEMS, USERS = 16, 60, 30
@@ -191,6 +192,23 @@ def test_batches_follow_the_time_of_publication_across_partitions(topics: Topics
 def test_a_position_behind_the_end_is_refused(topics: Topics) -> None:
     with pytest.raises(ValueError, match=r"partition 2: position 5 is behind its end 0"):
         LabelSource(topics.kafka, {2: 5})
+
+
+def test_records_that_retention_takes_under_a_trainers_eyes_are_not_skipped_in_silence(topics: Topics) -> None:
+    for n in range(30):
+        topics.send("labels", "k", b"%d" % n, partition=0)
+    topics.producer.flush()
+    with closing(LabelSource(topics.kafka, {0: 10})) as source:
+        expire(topics.kafka, 0, 20)
+        with pytest.raises(OffsetsGoneError, match=r"partition=0.*10.*Started again"):
+            until(lambda: bool(source.take(7, wait=0.1)))
+        assert source.positions[0] == 10
+
+
+def expire(kafka: KafkaSettings, partition: int, before: int) -> None:
+    """Let go of the labels before an offset, as retention does."""
+    with closing(KafkaAdminClient(**clients.client_options(kafka))) as admin:
+        admin.delete_records({TopicPartition(full_name(kafka, "labels"), partition): before})
 
 
 def cut(rank: int, ranks: int, meet: str, kafka: KafkaSettings, size: int, found: Any) -> None:

@@ -11,7 +11,7 @@ from streams.storage import Storage, open_storage
 from streams.trainer import batch_journal
 from streams.trainer.batch_journal import Batch, BatchJournal, JournalError, Run, ranges, software
 from streams.trainer.checkpoint import Checkpoint, CheckpointStore
-from streams.trainer.rebuild import RebuildError, _base
+from streams.trainer.rebuild import RebuildError, _ahead, _base
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -117,7 +117,11 @@ def test_old_segments_go_and_what_is_left_still_leads_somewhere(storage: Storage
     second.prune(days=5)
     assert second.runs() == [1, 2], "damaged: it may not be old"
     storage.put(f"journal/{name}", whole)
-    now[0] += 3601
+    now[0] += 40 * 86400
+    second.prune(days=5)
+    assert second.runs() == [1, 2], "of a moment's clock, that may have run ahead, nothing follows"
+    write(second, 15, 22)
+    now[0] -= 39.5 * 86400
     second.prune(days=5)
     assert second.runs() == [2]
     assert [(run.run, last) for run, last in second.lineage(2, 14)] == [(2, 14)]
@@ -161,6 +165,18 @@ def test_a_history_begins_from_the_checkpoint_that_its_first_run_took_up(storage
     for step in (7, 9):
         with pytest.raises(RebuildError, match=f"step-{step}: is of run {parent}, which is not in"):
             _base(store, journal, lineage, step, False, {})
+    # A partition that came later counts from where a run first read it.
+    third = journal.begin(
+        lambda number: Run(
+            number, run, 12, "latest", {0: 9, 1: 0}, {1: 2}, {"dim": 8}, {"encoder": "e"}, 1, software(), 5
+        )
+    )
+    for wanted in (8, 12):
+        with pytest.raises(RebuildError, match=rf"step-{wanted}: goes on from records that partitions \[1\]"):
+            _base(store, journal, [*lineage, (third, 14)], wanted, False, {1: 1})
+    # Where a run took a checkpoint up when labels had expired, it goes on from what was left.
+    found = _base(store, journal, [*lineage, (third, 14)], 12, False, {0: 9})
+    assert found is not None and [run.run for run, _ in _ahead([*lineage, (third, 14)], found)] == [third.run]
     # The backfill knows no positions; those of the run's start count.
     with pytest.raises(RebuildError, match=r"step-8: goes on from records that partitions \[0\]"):
         _base(store, journal, lineage, 8, False, {0: 1})

@@ -94,6 +94,26 @@ def test_retention_keeps_the_first_of_each_hour_for_as_many_hours_as_asked(stora
     assert CheckpointStore(storage, keep=2).steps() == [120, 180, 240, 260, 280]
 
 
+def test_a_clock_that_ran_ahead_for_a_moment_ends_no_hours(storage: Storage) -> None:
+    for step in range(9):
+        ahead = 40 * 86400 if step == 6 else 0
+        now = 1_700_000_000.0 + 3600 * step + ahead
+        CheckpointStore(storage, keep=1, keep_hourly=3, clock=lambda at=now: at).save(checkpoint(step))
+        if step == 6:
+            assert CheckpointStore(storage, keep=1).steps() == [4, 5, 6]
+    assert CheckpointStore(storage, keep=1).steps() == [5, 6, 7, 8]
+
+
+def test_what_failed_saves_left_crowds_out_no_good_one(storage: Storage) -> None:
+    store = CheckpointStore(storage, keep=3)
+    for step in (1, 2, 3):
+        store.save(checkpoint(step))
+    for step in (4, 5, 6):
+        storage.put(f"step-{step:08d}/model.safetensors", b"half")
+    store.save(checkpoint(7))
+    assert store.steps() == [2, 3, 7]
+
+
 def test_one_written_by_a_time_can_be_asked_for(storage: Storage) -> None:
     for step, at in ((1, 100.0), (2, 200.0), (3, 300.0)):
         CheckpointStore(storage, keep=9, clock=lambda at=at: at).save(checkpoint(step))
@@ -158,6 +178,11 @@ def test_a_damaged_checkpoint_is_skipped_with_its_reason(
     (warning,) = logs
     assert warning["log_level"] == "warning" and warning["step"] == 2
     assert why in warning["why"]
+
+
+def test_a_start_from_a_step_that_there_is_not_says_which_and_where_to_look(storage: Storage) -> None:
+    with pytest.raises(CheckpointError, match=r"start-from: step-999: manifest.json is missing; `gpl models checkpoi"):
+        StartFrom.parse("step-999").checkpoint(CheckpointStore(storage, keep=3))
 
 
 @pytest.mark.parametrize("change", [{"format": 99}, {"a_new_field": [1]}])

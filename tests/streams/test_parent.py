@@ -50,6 +50,30 @@ def test_a_rank_ends_though_its_parent_was_gone_before_it_began(tmp_path: Path) 
         assert process.stdout is not None and process.stdout.readline() == b"started\n"
 
 
+# As torchrun starts its ranks: programs of their own. Nobody but they themselves could end them with it.
+AGENT = """\
+import os, subprocess, sys
+rank = '''
+import threading
+import torch.distributed
+from streams.trainer.group import Processes
+
+def waits_for_the_others(*_, **__):
+    print("rank", flush=True)
+    threading.Event().wait()
+
+torch.distributed.init_process_group = waits_for_the_others
+Processes.from_environment()
+'''
+subprocess.run([sys.executable, "-c", rank], env={**os.environ, "WORLD_SIZE": "2", "RANK": "0"})
+"""
+
+
+def test_a_rank_ends_with_the_torchrun_that_started_it() -> None:
+    with parent(AGENT) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"rank\n"
+
+
 BACKFILL = """\
 import sys
 from pathlib import Path

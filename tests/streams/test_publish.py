@@ -1,6 +1,7 @@
 """The gate, the published directory and its checks, and announcements on the real Kafka."""
 
 import dataclasses
+import errno
 import json
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -293,7 +294,7 @@ def test_hourly_models_outlive_the_newest(
         for step in range(2, 11):
             assert publisher.publish(candidate(step)) is not None
             now[0] += 1200
-        # Three an hour: hours 0 to 2. Kept: the newest two, the first of hours 1 and 2.
+        # Three an hour: hours 0 to 2. Kept: the newest two, the first of hours 1 and 2, what a clock ahead has written.
         kept = ["v000010", "v000009", "v000008", "v000005"]
         assert first is not None
         assert [v[:7] for v in publisher.store.versions()] == kept + ["v000001"] * ran_ahead
@@ -412,6 +413,44 @@ def test_a_pin_that_cannot_be_read_stops_publication_and_can_be_taken_off(
             done = CliRunner().invoke(app, ["models", "unpin"])
             assert done.exit_code == 0 and said in done.output
         assert publisher.publish(candidate()) is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "call"), [("pinned", 1), ("pinned", 2), ("pinned", 3), ("write", 1), ("versions", 1), ("manifest", 1)]
+)
+def test_a_publication_that_storage_fails_is_put_off(
+    kafka_settings: KafkaSettings, producer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, call: int
+) -> None:
+    with closing(Publisher(kafka_settings, own(tmp_path), producer)) as publisher:
+        assert publisher.publish(candidate(1)) is not None
+        works, calls = getattr(publisher.store, name), 0
+
+        def fails(*arguments: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == call:
+                raise models.UnreadableError("away") if name == "pinned" else OSError(errno.ENOSPC, "No space left")
+            return works(*arguments)
+
+        monkeypatch.setattr(publisher.store, name, fails)
+        for _ in range(2):  # whichever of the two it meets, nothing new need come for the other
+            publisher.publish(candidate(2))
+        assert calls >= call
+        assert [update.version[-2:] for update in announced(kafka_settings)] == ["01", "02"]
+        assert publisher.publish(candidate(3)) is not None
+
+
+def test_what_failed_publications_left_crowds_out_no_good_one(
+    kafka_settings: KafkaSettings, producer: Any, tmp_path: Path
+) -> None:
+    settings = own(tmp_path, keep_models=2, keep_hourly_models=0)
+    with closing(Publisher(kafka_settings, settings, producer)) as publisher:
+        for step in (1, 2):
+            assert publisher.publish(candidate(step)) is not None
+        for number in (3, 4):
+            publisher.store.storage.put(f"{models.version_name(number, 3)}/model.safetensors", b"half")
+        assert publisher.publish(candidate(5)) is not None
+        assert publisher.store.versions() == ["v000005-00000005", "v000002-00000002"]
 
 
 def test_retention_leaves_what_is_gone_back_to_at_that_moment(

@@ -310,6 +310,28 @@ def test_a_model_that_could_not_be_read_for_a_while_is_tried_again(
     assert world.scorer.model_version == update.version
 
 
+def test_a_storage_that_hangs_holds_nothing_else_up(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.announce(world.model(5)[1])
+    _, update = world.model(6)
+    go_on, read = threading.Event(), models.read
+
+    def slow(*arguments: Any) -> models.Published:
+        assert go_on.wait(60)
+        return read(*arguments)
+
+    monkeypatch.setattr(models, "read", slow)
+    world.write("model-updates", update.model, update)
+    for _ in range(3):
+        world.scorer.refresh(wait=False)
+    assert world.scorer.model_version != update.version
+    # A vector that comes meanwhile is in the old model at once, and in the new one when that comes.
+    world.item("late", VECTORS["i1"])
+    assert world.scorer.score("u1", ["late"]).unknown == []
+    go_on.set()
+    world.scorer.refresh()
+    assert world.scorer.model_version == update.version and world.scorer.score("u1", ["late"]).unknown == []
+
+
 def test_only_the_announcements_of_the_served_name_count(world: World) -> None:
     _, update = world.model(5)
     world.announce(ModelUpdate("other", update.version, update.uri, update.checksum, {}, 0, {}))

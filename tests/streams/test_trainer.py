@@ -25,7 +25,7 @@ from streams.settings import TrainerSettings
 from streams.trainer import intake, probe
 from streams.trainer.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from streams.trainer.columns import Columns, columns
-from streams.trainer.dedup import DedupWindow, Fresh
+from streams.trainer.dedup import DedupWindow, Fresh, Known
 from streams.trainer.journal import Journal
 from streams.trainer.trainer import Trainer
 
@@ -215,6 +215,7 @@ def test_null_and_headers() -> None:
         parse(None)
     assert intake.newest_at([("gpl-closed-at", b"7"), ("gpl-newest-at", b"12")]) == 12
     assert intake.newest_at([("gpl-newest-at", b"-")]) is None
+    assert intake.newest_at([("gpl-newest-at", None), ("gpl-newest-at", b"7")]) == 7
     assert intake.newest_at(None) is None
 
 
@@ -222,7 +223,8 @@ def test_null_and_headers() -> None:
 
 
 def admit(window: DedupWindow, record: Label) -> Fresh | None:
-    return window.admit(*columns([record]))
+    found = window.admit(*columns([record]))
+    return found if isinstance(found, Fresh) else None
 
 
 def test_corrections_train_what_is_new_and_nothing_twice() -> None:
@@ -278,6 +280,18 @@ def test_the_window_is_bounded_and_the_oldest_leaves() -> None:
     assert len(window) == 2
     assert admit(window, label("b", {"i1": 0}, [])) is None
     assert admit(window, label("a", {"i1": 0}, [])) is not None
+
+
+def test_a_correction_of_what_is_forgotten_is_not_trained_and_counted() -> None:
+    window = DedupWindow(2)
+    # While the window has room, nothing was forgotten: training began behind the first revision.
+    assert admit(window, label("early", {"i1": 0}, ["i2"], revision=1)) is not None
+    for request in ("a", "b"):
+        assert admit(window, label(request, {"i1": 0}, ["i2"])) is not None
+    late = label("early", {"i1": 1}, ["i2"], revision=2)
+    assert window.admit(*columns([late])) is Known.FORGOTTEN
+    assert admit(window, label("b", {"i1": 0, "i3": 1}, [], revision=1)) is not None
+    assert [name for name, _ in window.state()] == ["a", "b"]
     with pytest.raises(ValueError, match="capacity: 0"):
         DedupWindow(0)
 
