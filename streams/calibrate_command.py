@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from streams.cli_options import ConfigOption
-from streams.contracts import Label
+from streams.contracts import Label, Recall
 from streams.replay.command import FromOption, LastOption, ToOption, clear_errors, open_log, wanted_range
 
 if TYPE_CHECKING:  # what reading the log needs takes a second to import
@@ -32,7 +32,7 @@ Source = tuple[str, str, str | None, str]
 
 @dataclass(frozen=True)
 class Request:
-    """The exposed items with a score of one request: ``score`` and ``clicked`` (n,), n >= 1."""
+    """The exposed items with a score of one request: ``score`` and ``clicked`` (n,)."""
 
     revision: int
     user_id: str
@@ -94,9 +94,15 @@ def calibrate(
 
     wanted = wanted_range(from_, to, last)
     with clear_errors(), open_log(config, None) as (log, settings, _):
-        requests = list(labelled(log, resolve(log, wanted, settings.labels), settings))
+        selection = resolve(log, wanted, settings.labels)
+        found = list(labelled(log, selection, settings))
+        requests = [request for request in found if len(request.score)]
         if not requests:
-            raise LogError("no label of the range has an exposed item with a score: users without anchors have none")
+            raise LogError(
+                f"recalls of the range: {recalls(log, selection, settings):,}, labels: {len(found):,}, exposed items "
+                f"with a score: 0; windows may be open (labels.window_seconds: {settings.labels.window_seconds:g}), "
+                "and users without anchors have no scores"
+            )
         # A new space, generator or configuration begins anew, and what is published is for that of now.
         fitted = Artefacts.load(settings.artefacts, with_generator=False)
         versions = (fitted.space.version, fitted.quantiser.version, fitted.generator.version)
@@ -150,7 +156,7 @@ def held_out(user_id: str) -> bool:
 
 
 def labelled(log: Log, selection: Selection, settings: Settings) -> Iterator[Request]:
-    """The requests of the selection that have exposed items with a score, each as its newest label on the log says.
+    """The requests of the selection that have a label, each as its newest one on the log says.
 
     The caller holds them: some 0.5 KB a request of the range.
     """
@@ -167,7 +173,20 @@ def labelled(log: Log, selection: Selection, settings: Settings) -> Iterator[Req
             known = newest.get(label.request_id)
             if known is None or label.revision > known.revision:
                 newest[label.request_id] = _request(label)
-        yield from (request for request in newest.values() if len(request.score))
+        yield from newest.values()
+
+
+def recalls(log: Log, selection: Selection, settings: Settings) -> int:
+    """How many recalls of the selection the labels role takes."""
+    from streams.replay.log import taken
+
+    ahead = settings.labels.max_ahead_seconds
+    since, count = selection.from_ms - int(ahead * 1000), 0
+    for partition in log.partitions("recalls"):
+        for entry in log.read("recalls", partition, log.offset_at("recalls", partition, since)):
+            recall = taken(entry, Recall, ahead)
+            count += recall is not None and selection.recall(partition, entry.offset, recall)
+    return count
 
 
 def _request(label: Label) -> Request:

@@ -31,7 +31,7 @@ from streams.history.command import backfill
 from streams.inspect_command import app as inspect_app
 from streams.log_view import LogView, TopicMissingError
 from streams.replay.command import capture, explain, replay
-from streams.settings import Settings, load
+from streams.settings import ConfigError, Settings, load
 from streams.topics_command import app as topics_app
 from streams.trainer.command import app as models_app
 
@@ -175,8 +175,10 @@ def _clear_errors() -> Iterator[None]:
 
 def _setting_errors(error: pydantic.ValidationError) -> str:
     def line(detail: Any) -> str:
-        given = "" if detail["type"] == "missing" else f" (given: {detail['input']!r})"
-        return f"  {'.'.join(str(part) for part in detail['loc'])}: {detail['msg']}{given}"
+        # Of all settings together nothing is shown: secrets are among them.
+        given = "" if detail["type"] == "missing" or not detail["loc"] else f" (given: {detail['input']!r})"
+        at = "".join(f"{part}." for part in detail["loc"])[:-1]
+        return f"  {at}{': ' if at else ''}{detail['msg'].removeprefix('Value error, ')}{given}"
 
     return "\n".join(line(detail) for detail in error.errors())
 
@@ -194,8 +196,7 @@ def main() -> None:
     )
     try:
         app()
-    except FileNotFoundError as error:
-        # The configuration file that was named.
+    except (ConfigError, FileNotFoundError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
     except pydantic.ValidationError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from streams.settings import DeadLetterSettings
 
@@ -37,7 +37,9 @@ MESSAGE_BYTES = 2000
 
 Headers = Sequence[tuple[str, bytes | None]]
 
-_REASONS = {
+Reason = Literal["malformed", "invalid", "too_large", "future", "late", "key", "item", "generator", "error"]
+
+_REASONS: dict[str, Reason] = {
     "ValidationError": "invalid",
     "DecodeError": "malformed",
     "UnicodeDecodeError": "malformed",
@@ -48,9 +50,9 @@ _REASONS = {
 class Refused(ValueError):
     """A record that parses but cannot be used. ``reason`` is a short word for the metric, the message is for people."""
 
-    def __init__(self, reason: str, message: str) -> None:
+    def __init__(self, reason: Reason, message: str) -> None:
         super().__init__(message)
-        self.reason = reason
+        self.reason: Reason = reason
 
 
 class Halted(RuntimeError):
@@ -76,7 +78,7 @@ class Original:
         return cls(message.topic, message.partition, message.offset, timestamp, message.key, message.value, pairs)
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: Exception) -> Reason:
     """A short, bounded word for the metric's label: why the record was refused."""
     if isinstance(error, Refused):
         return error.reason

@@ -68,7 +68,9 @@ def sid(
     try:
         wanted = tuple(int(code) for code in codes.split("-"))
     except ValueError as error:
-        raise typer.BadParameter(f"{codes!r}: expected numbers with dashes, such as 12-7-40") from error
+        raise typer.BadParameter(
+            f"{codes!r}: expected numbers with dashes, such as 12-7-40", param_hint="CODES"
+        ) from error
     inspector = _open(data, artefacts, config)
     try:
         view = inspector.sid(wanted)
@@ -89,6 +91,9 @@ def _open(data: Path, artefacts: Path | None, config: Path | None) -> Inspector:
     from streams.fitting import exposures
 
     settings = load(config)
+    for name in ("items.jsonl", "feedback.jsonl"):
+        if not (data / name).is_file():
+            _stop(f"--data {data}: no {name} there, expected a directory with items.jsonl and feedback.jsonl")
     cap, labels = settings.kafka.max_record_bytes, settings.labels
     try:
         fitted = Artefacts.load(artefacts or settings.artefacts)

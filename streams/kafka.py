@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from kafka import KafkaConsumer, KafkaProducer
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
+from kafka.errors import KafkaError, KafkaTimeoutError
 
 from streams.settings import KafkaSettings
 
@@ -15,6 +16,10 @@ BATCH_OVERHEAD_BYTES = 65_536
 MAX_REQUEST_BYTES = 2**30
 """What a client may hand over before compression. The cap on records is ``check_size``, which all sends but those of
 dead letters pass: somebody else's producer may bring a record that is over the cap until it is compressed."""
+
+
+class NoBrokerError(ConnectionError, KafkaError):  # type: ignore[misc]
+    """No broker answers at ``kafka.bootstrap_servers``."""
 
 
 class RecordTooLargeError(ValueError):
@@ -46,8 +51,23 @@ def check_size(kafka: KafkaSettings, topic: str, key: bytes | None, value: bytes
         )
 
 
+def _connect(kafka: KafkaSettings, client: Any, options: dict[str, Any]) -> Any:
+    try:
+        return client(**options)
+    except KafkaTimeoutError as error:
+        raise NoBrokerError(
+            f"kafka.bootstrap_servers = {kafka.bootstrap_servers!r}: no broker answers ({error})"
+        ) from error
+
+
+def admin(kafka: KafkaSettings, timeout: float) -> KafkaAdminClient:
+    """A client for the topics. Raises NoBrokerError when no broker answers within ``timeout`` seconds."""
+    options = {**client_options(kafka), "bootstrap_timeout_ms": int(timeout * 1000)}
+    return _connect(kafka, KafkaAdminClient, options)
+
+
 def producer(kafka: KafkaSettings, **overrides: Any) -> KafkaProducer:
-    """A producer that waits for all in-sync replicas and keeps order on retries."""
+    """A producer that waits for all in-sync replicas and keeps order on retries. Raises NoBrokerError."""
     options: dict[str, Any] = {
         **client_options(kafka),
         "acks": "all",
@@ -56,11 +76,11 @@ def producer(kafka: KafkaSettings, **overrides: Any) -> KafkaProducer:
         "compression_type": None if kafka.compression == "none" else kafka.compression,
         "max_request_size": MAX_REQUEST_BYTES,
     }
-    return KafkaProducer(**{**options, **overrides})
+    return _connect(kafka, KafkaProducer, {**options, **overrides})
 
 
 def consumer(kafka: KafkaSettings, **overrides: Any) -> KafkaConsumer:
-    """A consumer without a group that commits nothing: positions belong to the caller."""
+    """A consumer without a group that commits nothing: positions belong to the caller. Raises NoBrokerError."""
     options: dict[str, Any] = {
         **client_options(kafka),
         "enable_auto_commit": False,
@@ -70,4 +90,4 @@ def consumer(kafka: KafkaSettings, **overrides: Any) -> KafkaConsumer:
         # A single record may be as large as the cap.
         "max_partition_fetch_bytes": max(2**20, kafka.max_record_bytes + BATCH_OVERHEAD_BYTES),
     }
-    return KafkaConsumer(**{**options, **overrides})
+    return _connect(kafka, KafkaConsumer, {**options, **overrides})

@@ -142,12 +142,18 @@ def _graph(published: Published, matching: labeller.Config) -> Any:
         ("Where", ["no_anchors", "w_missing", "cross"], "cross_or_missing", {}),
         ("Add", ["tower", "cross_or_missing"], "score", {}),
     ]
+    used = {name for _, arguments, _, _ in steps for name in arguments}
     graph = helper.make_graph(
         [helper.make_node(kind, arguments, [out], **how) for kind, arguments, out, how in steps],
         "preranker",
         inputs,
         [helper.make_tensor_value_info("score", TensorProto.FLOAT, ["n"])],
-        [numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in constants.items()],
+        # Of one that no step takes onnxruntime warns whenever the graph is loaded.
+        [
+            numpy_helper.from_array(np.ascontiguousarray(value), name)
+            for name, value in constants.items()
+            if name in used
+        ],
     )
     model = helper.make_model(
         graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9, producer_name="gpl-streams"

@@ -284,6 +284,9 @@ class Role(Generic[P]):
             if not acks.add(message.offset):
                 continue
             try:
+                if message.value is None and source != "items":
+                    items = full_name(self.settings.kafka, "items")
+                    raise Refused("invalid", f"value: null; only {items} takes a null value")
                 await self.take(number, partition, source, message)
                 taken += 1
             except REFUSALS as error:

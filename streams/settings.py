@@ -9,19 +9,26 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import ssl
+import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
-from pydantic_settings import (
-    BaseSettings,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    TomlConfigSettingsSource,
-)
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from streams.storage import Location
+
+_SERVER = re.compile(r"(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?")
+
+# Kubernetes gives every container variables of the services beside it: of one named gpl-scorer, GPL_SCORER_PORT.
+_OF_A_SERVICE = re.compile(r"\w+_SERVICE_(HOST|PORT\w*)=.*|\w+_PORT(_\d+_(TCP|UDP|SCTP)\w*=.*|=(tcp|udp|sctp)://.*)")
+
+
+class ConfigError(Exception):
+    """A configuration file that is missing or cannot be read; the message names it."""
 
 
 class Section(BaseModel):
@@ -54,6 +61,33 @@ class KafkaSettings(Section):
     ssl_cafile: Path | None = Field(
         None, description="authorities that brokers' certificates are checked against; None: the system's"
     )
+
+    @field_validator("bootstrap_servers")
+    @classmethod
+    def _addresses(cls, servers: str) -> str:
+        for server in servers.split(","):
+            found = _SERVER.fullmatch(server.strip())
+            if found is None or not 0 < int(found[1] or 9092) < 2**16:
+                raise ValueError(f"{server!r} is not host:port")
+        return servers
+
+    @field_validator("sasl_mechanism", "sasl_username", "sasl_password")
+    @classmethod
+    def _complete(cls, value: Any, info: ValidationInfo) -> Any:
+        protocol = info.data.get("security_protocol", "")
+        if protocol.startswith("SASL") and not value:
+            raise ValueError(f"kafka.security_protocol = {protocol!r} needs it")
+        return value
+
+    @field_validator("ssl_cafile")
+    @classmethod
+    def _certificates(cls, path: Path | None) -> Path | None:
+        if path is not None:
+            try:
+                ssl.create_default_context(cafile=str(path))
+            except OSError as error:
+                raise ValueError(f"no certificates could be read: {error.strerror}") from None
+        return path
 
 
 class IndexSettings(Section):
@@ -333,14 +367,13 @@ class Settings(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def _known_variables(cls, values: Any) -> Any:
-        # GPL_CONFIG names the file; it is not a setting itself.
-        if isinstance(values, dict):
-            values.pop("config", None)
-        # A variable whose section does not exist is not looked at by pydantic-settings.
-        for name in os.environ:
-            section, nested, _ = name.upper().removeprefix("GPL_").partition("__")
-            if name.upper().startswith("GPL_") and nested and section.lower() not in cls.model_fields:
-                raise ValueError(f"{name}: there is no section {section.lower()!r}")
+        # A variable of no field is not looked at by pydantic-settings. GPL_CONFIG names the file.
+        for name, value in os.environ.items():
+            field, nested, _ = name.lower().removeprefix("gpl_").partition("__")
+            if not name.lower().startswith("gpl_") or name.lower() == "gpl_config" or field in cls.model_fields:
+                continue
+            if not _OF_A_SERVICE.fullmatch(f"{name}={value}"):
+                raise ValueError(f"{name}: there is no {'section' if nested else 'setting'} {field!r}")
         return values
 
     @classmethod
@@ -352,8 +385,9 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        path = Path(os.environ.get("GPL_CONFIG", "gpl.toml"))
-        return (init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=path))
+        named, default = os.environ.get("GPL_CONFIG"), Path("gpl.toml")
+        document = read(Path(named) if named else default) if named or default.is_file() else {}
+        return (init_settings, env_settings, InitSettingsSource(settings_cls, document))
 
     def fingerprint(self) -> str:
         """Hash of the settings that change what a label says (not of when or where it is made)."""
@@ -363,10 +397,17 @@ class Settings(BaseSettings):
 
 
 def load(path: Path | None = None) -> Settings:
-    """Settings in force. Raises FileNotFoundError for a named file that is missing, pydantic.ValidationError else."""
+    """Settings in force. Raises ConfigError for the file, pydantic.ValidationError for what it or a variable says."""
     if path is not None:
         os.environ["GPL_CONFIG"] = str(path)
-    named = os.environ.get("GPL_CONFIG")
-    if named and not Path(named).is_file():
-        raise FileNotFoundError(f"configuration file {named} does not exist")
     return Settings()
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What a configuration file says, not yet checked. Raises ConfigError."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"configuration file {path} does not exist") from None
+    except (OSError, ValueError) as error:  # of which are bytes that are not UTF-8 and text that is not TOML
+        raise ConfigError(f"configuration file {path}: {getattr(error, 'strerror', None) or error}") from None

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from kafka import KafkaAdminClient
 from kafka.admin import ConfigResource, ConfigResourceType
-from kafka.errors import KafkaError, TopicAlreadyExistsError, for_code
+from kafka.errors import TopicAlreadyExistsError, for_code
 
-from streams.kafka import BATCH_OVERHEAD_BYTES, client_options
+from streams.kafka import BATCH_OVERHEAD_BYTES, admin
 from streams.settings import KafkaSettings
 
 
@@ -81,29 +79,15 @@ def full_name(kafka: KafkaSettings, name: str) -> str:
     return f"{kafka.prefix}{name}"
 
 
-@contextmanager
-def _admin(kafka: KafkaSettings, timeout: float) -> Iterator[Any]:
-    try:
-        admin = KafkaAdminClient(**client_options(kafka), bootstrap_timeout_ms=int(timeout * 1000))
-    except KafkaError as error:
-        raise ConnectionError(
-            f"kafka.bootstrap_servers = {kafka.bootstrap_servers!r}: no broker answers ({error})"
-        ) from error
-    try:
-        yield admin
-    finally:
-        admin.close()
-
-
 def create(kafka: KafkaSettings, timeout: float = 30.0) -> list[str]:
     """Create the topics that are missing and wait until each has its leaders; the full names of those created.
 
-    Topics that exist are left as they are: ``check`` tells whether that is right. Raises ConnectionError when no broker
+    Topics that exist are left as they are: ``check`` tells whether that is right. Raises NoBrokerError when no broker
     answers, kafka.errors.KafkaError when the broker refuses.
     """
     specs = {full_name(kafka, spec.name): spec for spec in TOPICS}
-    with _admin(kafka, timeout) as admin:
-        present = set(admin.list_topics())
+    with admin(kafka, timeout) as client:
+        present = set(client.list_topics())
         missing = {
             name: {
                 "num_partitions": spec.partitions(kafka),
@@ -115,29 +99,29 @@ def create(kafka: KafkaSettings, timeout: float = 30.0) -> list[str]:
         }
         created = []
         if missing:
-            answer = admin.create_topics(missing, timeout_ms=int(timeout * 1000), raise_errors=False)
+            answer = client.create_topics(missing, timeout_ms=int(timeout * 1000), raise_errors=False)
             for topic in answer["topics"]:
                 error = for_code(topic["error_code"])
                 if topic["error_code"] == 0:
                     created.append(topic["name"])
                 elif error is not TopicAlreadyExistsError:  # somebody else may have just made it
                     raise error(f"topic {topic['name']}: {topic['error_message']}")
-        admin.wait_for_topics(list(specs), timeout_ms=int(timeout * 1000))
+        client.wait_for_topics(list(specs), timeout_ms=int(timeout * 1000))
     return created
 
 
 def check(kafka: KafkaSettings, timeout: float = 30.0) -> list[str]:
     """What is wrong with the topics on the broker, a sentence each; empty when all is well.
 
-    Raises ConnectionError when no broker answers.
+    Raises NoBrokerError when no broker answers.
     """
     problems: list[str] = []
-    with _admin(kafka, timeout) as admin:
-        present = set(admin.list_topics())
+    with admin(kafka, timeout) as client:
+        present = set(client.list_topics())
         names = [name for name in (full_name(kafka, spec.name) for spec in TOPICS) if name in present]
-        described = {topic["name"]: topic for topic in admin.describe_topics(names)} if names else {}
+        described = {topic["name"]: topic for topic in client.describe_topics(names)} if names else {}
         resources = [ConfigResource(ConfigResourceType.TOPIC, name) for name in names]
-        configs = admin.describe_configs(resources, config_filter="all")["topic"] if names else {}
+        configs = client.describe_configs(resources, config_filter="all")["topic"] if names else {}
     for spec in TOPICS:
         name = full_name(kafka, spec.name)
         # A topic that is being deleted may be listed and have nothing to describe any more.

@@ -32,7 +32,7 @@ def settings_page() -> str:
         MADE,
         "",
         "One TOML file, `gpl.toml` or the one that `--config` or `GPL_CONFIG` names, and over it the environment:",
-        "`GPL_KAFKA__BOOTSTRAP_SERVERS` is `kafka.bootstrap_servers`. Unknown keys are errors.",
+        "`GPL_KAFKA__BOOTSTRAP_SERVERS` is `kafka.bootstrap_servers`. Unknown keys and variables are errors.",
         "`None`, as a default, is no value. Secrets belong in the environment; `gpl config show` does not print them.",
         "",
     ]

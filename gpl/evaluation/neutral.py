@@ -92,6 +92,8 @@ def load(directory: Path, truth: Path | None = None) -> Dataset:
     """
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such directory")
+    if truth is not None and not truth.exists():
+        raise FileNotFoundError(f"--truth {truth}: no such file, expected CSV or JSONL of user, item, relevance")
     meta = _meta(directory / META)
     name = meta.name or directory.resolve().name
     items: list[ItemContent] = []
@@ -299,11 +301,13 @@ def open_text(path: Path, encoding: str = "utf-8-sig") -> io.TextIOBase:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """While a file is read: what is wrong with it as a whole is a DataError. One that is missing stays what it is."""
+    """While a file is read: what is wrong with it as a whole is a DataError, but for one that is missing."""
     try:
         yield
     except FileNotFoundError:
-        raise
+        raise FileNotFoundError(
+            f"{path}: no such file; docs/evaluation.md tells what a data set's directory holds"
+        ) from None
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 

@@ -61,7 +61,9 @@ def serve(
     from streams.settings import KafkaSettings
 
     if users < 3 * calls:
-        raise typer.BadParameter(f"{users}, expected at least 3 x calls ({3 * calls}): no user is asked for twice")
+        raise typer.BadParameter(
+            f"{users}, expected at least 3 x --calls ({3 * calls}): no user is asked for twice", param_hint="--users"
+        )
     with clear_errors():
         choice = broker_of(broker) if http else None
     state = SyntheticState(items, users, anchors, dim, seed=0)
@@ -109,7 +111,12 @@ def freshness(
     ),
     write: Annotated[Path | None, typer.Option("--write", help="Also write the page of results there.")] = None,
     data: Annotated[
-        Path | None, typer.Option("--data", help="Directory that holds online_retail/, for a second stream.")
+        Path | None,
+        typer.Option(
+            "--data",
+            help="Directory for a second stream, with online_retail/items.csv.gz (columns item, title) and "
+            "online_retail/events.csv.gz (user, item, timestamp in seconds).",
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     candidates: Annotated[int, typer.Option(min=50, help="A request; recall is simulated.")] = 200,

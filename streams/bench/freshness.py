@@ -163,6 +163,11 @@ def _page(
     yield "# What freshness is worth"
     yield ""
     yield f"Written by `{command}`; not edited by hand."
+    if len(streams) > 1:
+        yield (
+            "`DIR` holds `online_retail/items.csv.gz` (columns `item`, `title`) and `online_retail/events.csv.gz` "
+            "(`user`, `item`, `timestamp` in seconds)."
+        )
     yield ""
     yield (
         f"Each stream in event-time order; the first {1 - plan.judged_share:.0%} of events is fitted and trained on, "

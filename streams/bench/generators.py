@@ -46,8 +46,13 @@ def generator(
     models = model or ["small-lm", "smollm2-135m"]
     one_of(models, ("small-lm", "smollm2-135m", "qwen2.5-0.5b"), "--model")
     one_of([precision], ("auto", "float32", "bfloat16"), "--precision")
+    from gpl.anchors.lora_lm import choose_device
     from gpl.anchors.throughput import measure
 
+    try:
+        choose_device(device)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--device") from error
     table = Table("model", "type", "history", "beams", "at once", "users/s", "GFLOP/user", "limit users/s", "share")
     found = []
     for name in models:
@@ -249,7 +254,11 @@ def _data(data: Path | None, settings: Settings) -> tuple[list[ItemContent], lis
         users = list(dict.fromkeys(user for user, _ in taken))
         dataset = Dataset("ml-100k", listed, users, events=_events(listed, users, taken))
     else:
-        dataset = load_dataset(data)
+        try:
+            dataset = load_dataset(data)
+        except FileNotFoundError as error:
+            wanted = "expected items.jsonl and events.csv, as `gpl datasets convert` writes them"
+            raise typer.BadParameter(f"{error}; {wanted}", param_hint="--data") from error
     if dataset.events is None:
         raise typer.BadParameter(f"{data}: has no events.csv, so nobody's items in order", param_hint="--data")
     space = settings.space

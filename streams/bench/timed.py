@@ -88,6 +88,8 @@ def online_retail(folder: Path) -> TimedStream:
 
 
 def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a gzipped CSV with the columns {', '.join(columns)}")
     with gzip.open(path, "rt", encoding="utf-8", newline="") as handle:
         reader = csv.DictReader(handle)
         missing = [name for name in columns if name not in (reader.fieldnames or ())]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -40,7 +40,7 @@ def _fail(error: Exception) -> typer.Exit:
 
 @app.command()
 def start(
-    kind: Annotated[str, typer.Option(help="auto, apache or noida (demo only).")] = "auto",
+    kind: Annotated[Literal["auto", "apache", "noida"], typer.Option(help="noida is for the demo only.")] = "auto",
     directory: Directory = daemon.DEFAULT_DIRECTORY,
     port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="0: a free one. Default: that of kafka.bootstrap_servers.")

@@ -83,7 +83,7 @@ def choose(option: str = "auto", cache: Path = DEFAULT_CACHE) -> Choice:
         return _noida('asked for by "noida"')
     if _ADDRESSES.match(option):
         return Choice("external", f"Kafka at {option}", "asked for by its address", option)
-    raise BrokerError(f'broker = {option!r} is none of "auto", "apache", "noida" and host:port[,host:port]')
+    raise BrokerError(f'--broker {option!r} is none of "auto", "apache", "noida" and host:port[,host:port]')
 
 
 def _best(cache: Path) -> Choice:

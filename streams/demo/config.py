@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streams.settings import Settings, load
+from streams.settings import Settings, load, read
 
 # An event day passes in about a second of a demo, so windows are days and waits on the wall are short.
 _DEMO: dict[str, Any] = {
@@ -51,13 +50,13 @@ class Place:
 def wanted(place: Place, own: Path | None, window: float | None, speed: float = 1.0) -> dict[str, Any]:
     """What the run shall be like: the demo's defaults, ``own`` (the user's file) over them, ``window`` over that.
 
-    ``speed``: event seconds a second. Raises FileNotFoundError and tomllib.TOMLDecodeError for ``own``.
+    ``speed``: event seconds a second. Raises ConfigError for ``own``.
     """
     document = merged(_DEMO, {"space": {"cache": str(place.directory / "embeddings")}})
     # What comes late on the wall is late by far more in event time, and must still find its request.
     document = merged(document, {"labels": {"retention_seconds": max(_RETENTION_WALL_SECONDS * speed, 86_400.0)}})
     if own is not None:
-        document = merged(document, tomllib.loads(own.read_text(encoding="utf-8")))
+        document = merged(document, read(own))
     return document if window is None else merged(document, {"labels": {"window_seconds": window}})
 
 

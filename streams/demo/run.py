@@ -47,16 +47,19 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     """
     started, started_at = time.monotonic(), datetime.now(UTC)
     view = LiveView(console)
+    choice = choose(options.broker)
     ready = get_ready(options, view.say)
-    ensure_fitted(options, ready)
-    prepared = time.monotonic()
     # Own names on the broker, so that runs on one broker do not meet.
     place = Place(options.directory.absolute(), f"gpl-demo-{started_at:%Y%m%d-%H%M%S}")
+    broker = open_broker(choice, ready.settings.kafka, place.directory / "broker")
+    if choice.kind == "external":
+        broker.start()  # it answers, or minutes of fitting are for nothing
+    ensure_fitted(options, ready)
+    prepared = time.monotonic()
     _clear(place.directory)
-    choice = choose(options.broker)
     view.say(f"broker: {choice.description}, {choice.reason}")
     with ExitStack() as stack:
-        broker = stack.enter_context(open_broker(choice, ready.settings.kafka, place.directory / "broker"))
+        stack.enter_context(broker)
         settings = install(place, ready.document, ready.fit, broker.bootstrap)
         topics.create(settings.kafka)
         recorder = Recorder(place.directory, settings.kafka.prefix)

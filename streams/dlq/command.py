@@ -15,7 +15,7 @@ from kafka.errors import KafkaError
 from rich.console import Console
 from rich.table import Table
 
-from streams import settings
+from streams import dead_letters, settings
 from streams.cli_options import ConfigOption
 from streams.dlq.letters import Filter, Letter, index, whole
 from streams.dlq.redrive import NowhereError, Plan, execute, plan
@@ -32,7 +32,7 @@ _err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 Topic = Annotated[str | None, typer.Option(help="Only letters from this topic, with or without the prefix.")]
-Reason = Annotated[str | None, typer.Option(help="Only letters with this reason.")]
+Reason = Annotated[dead_letters.Reason | None, typer.Option(help="Only letters with this reason.")]
 Since = Annotated[str | None, typer.Option(help="Only letters written since: ISO 8601 (UTC), or 30m, 12h, 7d ago.")]
 Until = Annotated[str | None, typer.Option(help="Only letters written before; as --since.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
@@ -167,7 +167,12 @@ def _check_ids(ids: Iterable[str], known: Iterable[str]) -> None:
 
 def _topic(kafka: KafkaSettings, name: str | None) -> str | None:
     """A topic's full name, whether given with its prefix or without."""
-    return full_name(kafka, name) if name in {spec.name for spec in TOPICS} else name
+    if name is None:
+        return None
+    full = {spec.name: full_name(kafka, spec.name) for spec in TOPICS}
+    if name not in full and name not in full.values():
+        raise typer.BadParameter(f"{name!r}: expected {', '.join(full)}", param_hint="--topic")
+    return full.get(name, name)
 
 
 def _millis(option: str, given: str | None, now: datetime) -> int | None:

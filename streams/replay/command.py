@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich.console import Console
@@ -43,6 +43,7 @@ AheadOption = Annotated[
     ),
 ]
 CaptureOption = Annotated[Path | None, typer.Option("--capture", help="read a capture instead of a broker")]
+T = TypeVar("T")
 # Words of the data are never markup.
 _out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
@@ -85,6 +86,9 @@ def replay(
     from streams.replay.select import resolve
     from streams.replay.whatif import what_if
 
+    places = {"--out": out is not None, "--output-prefix": output_prefix is not None, "--no-output": no_output}
+    if len(named := [option for option, given in places.items() if given]) > 1:
+        raise typer.BadParameter(f"{named[0]} and {named[1]} exclude each other", param_hint=named[1])
     with clear_errors():
         wanted = wanted_range(from_, to, last, offsets, user, topic)
         with open_log(config, capture) as (log, settings, held):
@@ -137,8 +141,8 @@ def capture(
     from streams.replay.run import Replay, Setup
     from streams.replay.select import resolve
 
+    wanted = wanted_range(from_, to, last, offsets, user, topic)
     with clear_errors(), open_log(config, None) as (log, settings, _):
-        wanted = wanted_range(from_, to, last, offsets, user, topic)
         selection = resolve(log, wanted, settings.labels)
         replay = Replay(log, selection, Setup.of(settings, log.frame), ahead_ms=_ahead(ahead, settings))
         manifest = record.capture(log, selection, settings, directory, replay)
@@ -164,17 +168,21 @@ def wanted_range(
         raise typer.BadParameter(f"{topic!r} is none of {', '.join(select.TOPICS)}", param_hint="--topic")
     if last is not None and from_ is not None:
         raise typer.BadParameter("--from and --last exclude each other", param_hint="--last")
+    return select.Wanted(
+        from_ms=_read("--from", from_, select.moment_ms),
+        to_ms=_read("--to", to, select.moment_ms),
+        last_ms=_read("--last", last, select.duration_ms),
+        offsets=_read("--offsets", offsets, select.offset_ranges) or {},
+        user=user,
+        topic=topic,
+    )
+
+
+def _read(option: str, text: str | None, read: Callable[[str], T]) -> T | None:
     try:
-        return select.Wanted(
-            from_ms=None if from_ is None else select.moment_ms(from_),
-            to_ms=None if to is None else select.moment_ms(to),
-            last_ms=None if last is None else select.duration_ms(last),
-            offsets={} if offsets is None else select.offset_ranges(offsets),
-            user=user,
-            topic=topic,
-        )
+        return None if text is None else read(text)
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+        raise typer.BadParameter(str(error), param_hint=option) from None
 
 
 def _make_room(page: Path | None) -> None:
@@ -186,10 +194,8 @@ def _make_room(page: Path | None) -> None:
 def _ahead(ahead: str | None, settings: Settings) -> int:
     from streams.replay.select import duration_ms
 
-    try:
-        return int(settings.labels.max_ahead_seconds * 1000) if ahead is None else duration_ms(ahead)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--ahead") from None
+    given = _read("--ahead", ahead, duration_ms)
+    return int(settings.labels.max_ahead_seconds * 1000) if given is None else given
 
 
 @contextlib.contextmanager
@@ -255,10 +261,7 @@ def explain(
     from streams.replay.select import moment_ms
 
     with clear_errors(), open_log(config, capture) as (log, settings, _):
-        try:
-            since = None if from_ is None else moment_ms(from_)
-        except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint="--from") from None
+        since = _read("--from", from_, moment_ms)
         _make_room(html)
         found = find(log, request_id, Hints(user, since, int(settings.labels.max_ahead_seconds * 1000)))
         if found is None:

@@ -22,7 +22,8 @@ from streams.watermark import END, NEVER
 class Request:
     """A request of the log. ``joined``: under each of the settings asked for, in their order.
 
-    ``kafka_ms``: when its recall was logged. ``over``: whether the log goes on until its window is over.
+    ``kafka_ms``: when its recall was logged. ``over``: whether the log goes on until its window is over, under the last
+    of the settings asked for: those in force, where others are asked for too.
     """
 
     partition: int
@@ -126,7 +127,7 @@ class Requests:
 
     def _close(self, watermark: int, reached: int | None = None) -> Iterator[Request]:
         """``reached``: how far the watermark really came, where it is not ``watermark``."""
-        first = self._variants[0]
+        first, last = self._variants[0], self._variants[-1]
         for at, variant in enumerate(self._variants):
             own = watermark
             if watermark != END:
@@ -144,5 +145,5 @@ class Requests:
             kafka_ms = self._kafka_ms.pop(offset)
             if self._selection.joined(self._partition, whole[0].feedback_offsets):
                 recall = whole[0].recall
-                over = recall.ts + first.window_ms <= reached
+                over = recall.ts + last.window_ms <= reached + first.lateness_ms - last.lateness_ms
                 yield Request(self._partition, offset, kafka_ms, recall, whole, over)

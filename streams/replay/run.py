@@ -88,7 +88,7 @@ class Replay:
         self.items = Items(log)
         self.progress = Progress()
         self.open: set[str] = set()
-        """Requests whose window the log does not see the end of."""
+        """Requests whose window, under the last of the set-ups, the log does not see the end of."""
 
     def starts(self, partition: int) -> dict[str, int]:
         """First offsets to read. An event is at most ``ahead_ms`` ahead of the Kafka timestamp it was logged with (the

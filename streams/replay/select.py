@@ -21,7 +21,7 @@ TOPICS = ("recalls", "feedback", "labels")
 _TAIL = 200
 """Records at the end of a partition among which the newest event is looked for."""
 
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w)?")
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w)")
 _UNITS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000, "w": 604_800_000}
 _OFFSETS = re.compile(r"(?:(\d+):)?(\d+)(?:-(\d+))?")
 
@@ -100,11 +100,11 @@ def merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def duration_ms(text: str) -> int:
-    """ "90s", "15m", "2h", "1d", "1w", "250ms", or seconds. Raises ValueError."""
+    """ "90s", "15m", "2h", "1d", "1w" or "250ms". Raises ValueError."""
     match = _DURATION.fullmatch(text.strip())
     if match is None or len(match[1]) > 15:
-        raise ValueError(f"{text!r} is no duration; 90s, 15m, 2h, 1d, 1w or a number of seconds")
-    return int(float(match[1]) * _UNITS[match[2] or "s"])
+        raise ValueError(f"{text!r} is no duration; a number and its unit, such as 90s, 15m, 2h, 1d, 1w or 250ms")
+    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def moment_ms(text: str) -> int:

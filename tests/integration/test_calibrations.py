@@ -137,7 +137,8 @@ artefacts = "{tmp_path}/artefacts"
     assert on_topic(kafka_settings)[-1].kind == "isotonic"
     for arguments, why in (
         (("--last", "30s", "--publish"), "at least 50 and 5 are needed"),
-        (("--last", "3s"), "no label of the range"),
+        (("--last", "3s"), "recalls of the range: 1, labels: 0, exposed items with a score: 0; windows may be open"),
+        (("--last", "5s"), "recalls of the range: 1, labels: 1, exposed items with a score: 0; windows may be open"),
     ):
         refused = gpl(*arguments)
         assert refused.exit_code == 1 and refused.output.startswith("error: ") and why in refused.output

@@ -119,7 +119,7 @@ async def test_a_consumer_halts_at_its_cap_and_its_letters_can_be_sent_back(
     listed = json.loads(gpl("list", "--json", "--topic", "feedback"))
     assert [letter["offset"] for letter in listed["letters"]] == list(range(len(bad)))
     assert sum(row["letters"] for row in listed["counts"]) == len(bad)
-    assert json.loads(gpl("list", "--json", "--reason", "nothing"))["letters"] == []
+    assert json.loads(gpl("list", "--json", "--reason", "late"))["letters"] == []
     assert json.loads(gpl("list", "--json", "--until", "2020-01-01"))["letters"] == []
     assert len(json.loads(gpl("list", "--json", "--since", "1h"))["letters"]) == len(bad)
     shown = gpl("show", "1")

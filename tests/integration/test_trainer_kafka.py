@@ -559,6 +559,35 @@ def test_start_from_goes_back_and_models_of_both_histories_can_be_made_again(top
     assert train(5, "2100-01-01") == anew  # nothing is that new, so nothing was trained on
 
 
+def test_a_model_is_made_again_from_the_checkpoint_that_a_run_took_up_when_labels_had_expired(
+    topics: Topics, tmp_path: Path
+) -> None:
+    settings = settings_of(topics.kafka, tmp_path, keep_checkpoints=50, publish_min_records=1, shadow=False)
+    rng = np.random.default_rng(2)
+    store = CheckpointStore(settings.trainer.checkpoints, keep=50)
+
+    def train(first: int, last: int) -> int:
+        for n in range(first, last):
+            topics.label(label(n, rng), partition=n % 2)
+        topics.producer.flush()
+        with running(settings, Health()):
+            until(lambda: saved(settings.trainer.checkpoints) == last)
+        return store.steps()[-1]
+
+    taken_up = train(0, 60)
+    for n in range(60, 100):
+        topics.label(label(n, rng), partition=0)
+    topics.producer.flush()
+    expire(topics.kafka, 0, 70)  # 30 were trained on, 40 never will be
+    train(100, 160)
+    version = models.ModelStore(settings.trainer.models).versions()[0]
+    for step in store.steps():
+        if step != taken_up:
+            open_storage(settings.trainer.checkpoints).remove(f"step-{step:08d}")
+    made = rebuild(settings, version, frame=FRAME)
+    assert (made.differing, made.first_difference, made.base) == ([], None, taken_up)
+
+
 def test_a_start_that_fails_leaves_all_as_it_was_and_one_anew_keeps_the_old_evaluations(
     topics: Topics, tmp_path: Path
 ) -> None:

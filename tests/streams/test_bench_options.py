@@ -19,6 +19,7 @@ NOBODY = "127.0.0.1:1"
     [
         (["serve", "--broker", "nonsense"], 1, "nonsense"),
         (["serve", "--reload-every", "0"], 2, "--reload-every"),
+        (["serve", "--no-http", "--users", "20", "--calls", "20"], 2, "for --users: 20, expected at least 3 x --calls"),
         (["trainer", "--broker", "nonsense"], 1, "nonsense"),
         (["trainer", "--rates", "100,many"], 2, "--rates"),
         (["trainer", "--rates", "0"], 2, "--rates"),
@@ -26,6 +27,7 @@ NOBODY = "127.0.0.1:1"
         (["trainer", "--items", "1000", "--candidates", "501"], 2, "--items"),
         (["freshness", "--live", "--broker", "nonsense"], 1, "nonsense"),
         (["freshness", "--write", "missing/page.md"], 2, "--write"),
+        (["freshness", "--data", "no"], 1, "no/online_retail/items.csv.gz: no such file; expected a gzipped CSV with"),
         (["stream", "--broker", "nonsense"], 1, "nonsense"),
         (["stream", "--workers", "two"], 2, "--workers"),
         (["stream", "--workers", "-1"], 2, "--workers"),
@@ -34,9 +36,13 @@ NOBODY = "127.0.0.1:1"
         (["stream", "--cores", "first"], 2, "--cores"),
         (["anchors", "--kind", "history", "--kind", "guess"], 2, "--kind"),
         (["anchors", "--codes", "morse"], 2, "--codes"),
+        (["anchors", "--data", "no"], 2, "for --data: no: no such directory; expected items.jsonl and events.csv"),
+        (["codes", "--data", "no"], 2, "for --data: no: no such directory; expected items.jsonl and events.csv"),
+        (["codes", "--data", "."], 2, "; expected items.jsonl and events.csv, as `gpl datasets convert` writes them"),
         (["codes", "--kind", "morse"], 2, "--kind"),
         (["generator", "--model", "small-lm", "--model", "gpt"], 2, "--model"),
         (["generator", "--precision", "half"], 2, "--precision"),
+        (["generator", "--device", "abacus"], 2, "for --device: device: 'abacus', not usable here"),
     ],
 )
 def test_an_option_that_cannot_be_is_one_message(

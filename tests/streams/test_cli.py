@@ -48,14 +48,26 @@ def test_config_show_tells_what_is_in_force_without_secrets(tmp_path: Path):
         (["worker", "cook"], {}, 2, "'cook' is no role"),
         (["worker", "all"], {}, 1, "no artefacts there; `gpl fit` makes them"),
         (["worker", "all", "--config", "nope.toml"], {}, 2, "nope.toml does not exist"),
+        (["demo", "--config", "nope.toml"], {}, 2, "configuration file nope.toml does not exist"),
+        (["demo", "--data", "nowhere", "--broker", "foo"], {}, 1, "--broker 'foo' is none of"),
+        (["config", "show", "--config", "bad.toml"], {}, 2, "configuration file bad.toml: Invalid value"),
+        (["fit", "nowhere"], {"GPL_CONFIG": "latin.toml"}, 2, "configuration file latin.toml: 'utf-8' codec"),
         (["config", "show"], {"GPL_KAFKA__PARTITIONS": "0"}, 2, "kafka.partitions"),
+        (["topics", "check"], {"GPL_KAFKA__BOOTSTRAP_SERVERS": "a:abc"}, 2, "kafka.bootstrap_servers: 'a:abc' is not"),
         (["fit", "nowhere"], {}, 1, "nowhere"),
         (["validate", "nowhere"], {}, 1, "nowhere"),
     ],
 )
 def test_an_error_of_use_is_one_clear_message(tmp_path: Path, arguments, env, code, said):
+    (tmp_path / "bad.toml").write_text("x = [")
+    (tmp_path / "latin.toml").write_bytes(b"# \xe9\n")
     done = gpl(*arguments, cwd=tmp_path, **env)
     output = done.stdout + done.stderr
     assert said in output
     assert "Traceback" not in output
     assert done.returncode == code
+
+
+def test_an_error_of_all_settings_together_shows_none_of_them(tmp_path: Path):
+    done = gpl("config", "show", cwd=tmp_path, GPL_FOO="1", GPL_KAFKA__SASL_PASSWORD="hunter2")
+    assert (done.returncode, done.stderr) == (2, "configuration:\n  GPL_FOO: there is no setting 'foo'\n")

@@ -188,6 +188,23 @@ def test_a_time_before_the_first_year_is_refused(monkeypatch: pytest.MonkeyPatch
     assert code == 2 and "before the first year" in output and "--since" in output
 
 
+@pytest.mark.parametrize("name", ["recalls", "gpl.recalls"])
+def test_letters_of_a_topic_are_found_under_both_of_its_names(monkeypatch: pytest.MonkeyPatch, name: str):
+    code, output = dlq(monkeypatch, b"{}", "list", "--topic", name)
+    assert code == 0 and "gpl.recalls[0]@1" in output
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["redrive"]])
+@pytest.mark.parametrize(
+    ("option", "known"), [("--topic", "recalls, feedback"), ("--reason", "'malformed', 'invalid'")]
+)
+def test_what_no_letter_can_have_is_refused(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], option: str, known: str
+):
+    code, output = dlq(monkeypatch, b"{}", *arguments, option, "nope")
+    assert code == 2 and option in output and "'nope'" in output and known in output
+
+
 @pytest.mark.parametrize("module", [command, replay_command, trainer_command], ids=["dlq", "replay", "models"])
 def test_consoles_show_words_of_the_data_as_they_are(module: ModuleType):
     table = Table()

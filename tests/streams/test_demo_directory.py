@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from streams.broker.process import BrokerError
 from streams.data.reader import FILES
-from streams.demo import prepare
+from streams.demo import prepare, run
 from streams.demo.config import Place, install
 from streams.demo.ready import DemoError, Options, get_ready
-from streams.demo.run import _clear
 from streams.settings import CalibrationSettings, GeneratorSettings, LabelSettings, Settings
 
 
@@ -87,5 +90,15 @@ def test_a_run_clears_what_a_demo_writes_and_nothing_else(tmp_path: Path, monkey
     for name in ("journal.jsonl", "labels.jsonl", "items.jsonl", "fitted-1/manifest.json", "state/x", "models/x"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
-    _clear(tmp_path)
+    run._clear(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fitted-1", "gpl.toml", "items.jsonl"]
+
+
+def test_a_broker_that_does_not_answer_is_told_before_anything_is_fitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "get_ready", lambda *_: SimpleNamespace(settings=Settings()))
+    monkeypatch.setattr(run, "ensure_fitted", lambda *_: pytest.fail("it was fitted"))
+    monkeypatch.setattr("streams.broker.select.serves_metadata", lambda *_: False)
+    with pytest.raises(BrokerError, match=r"no Kafka broker answers at 127\.0\.0\.1:1"):
+        run.run(replace(options(tmp_path, None), broker="127.0.0.1:1"), Console())

@@ -76,9 +76,13 @@ def test_a_click_after_the_time_asked_for_is_left_out(place: Path, tmp_path: Pat
 
 
 def test_what_cannot_be_read_or_written_is_one_error(place: Path, tmp_path: Path):
-    (tmp_path / "items.jsonl").write_text("")
-    (tmp_path / "file").write_text("")
-    for data, named in ((tmp_path, "items.jsonl: no valid record"), (tmp_path / "file", "Not a directory")):
+    for name in ("items.jsonl", "feedback.jsonl", "file"):
+        (tmp_path / name).write_text("")
+    for data, named in (
+        (tmp_path, "items.jsonl: no valid record"),
+        (tmp_path / "file", f"--data {tmp_path / 'file'}: no items.jsonl there"),
+        (tmp_path / "nowhere", f"--data {tmp_path / 'nowhere'}: no items.jsonl there"),
+    ):
         code, said = inspect(place, "item", "i5", data=data)
         assert code == 1 and said.startswith("error: ") and named in said
     for page in (tmp_path, tmp_path / "file" / "page.html"):
@@ -100,7 +104,7 @@ def test_a_byte_order_mark_costs_no_item_and_too_few_clicks_are_said(place: Path
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [(("user", "nobody"), "nobody"), (("item", "i99"), "i99"), (("sid", "77"), "77"), (("sid", "a-b"), "a-b")],
+    [(("user", "nobody"), "nobody"), (("item", "i99"), "i99"), (("sid", "77"), "77"), (("sid", "a-b"), "CODES: 'a-b'")],
 )
 def test_what_is_not_there_is_named(place: Path, arguments: tuple[str, str], named: str):
     code, said = inspect(place, *arguments)

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 from pydantic import SecretStr
 
-from streams.kafka import RecordTooLargeError, check_size, client_options
+from streams.broker.process import free_ports
+from streams.kafka import NoBrokerError, RecordTooLargeError, admin, check_size, client_options, consumer, producer
 from streams.settings import KafkaSettings
 
 
@@ -30,3 +33,18 @@ def test_security_reaches_the_clients():
         "sasl_plain_username": "me",
         "sasl_plain_password": "hunter2",
     }
+
+
+@pytest.mark.parametrize(
+    "connect",
+    [
+        lambda kafka: admin(kafka, timeout=0.3),
+        lambda kafka: consumer(kafka, bootstrap_timeout_ms=300),
+        lambda kafka: producer(kafka, bootstrap_timeout_ms=300),
+    ],
+)
+def test_a_broker_that_does_not_answer_is_named_with_its_setting(connect):
+    kafka = KafkaSettings(bootstrap_servers=f"127.0.0.1:{free_ports(1)[0]}")
+    said = f"kafka.bootstrap_servers = '{kafka.bootstrap_servers}': no broker answers (KafkaTimeoutError: "
+    with pytest.raises(NoBrokerError, match=f"^{re.escape(said)}"):
+        connect(kafka)

@@ -15,8 +15,9 @@ from prometheus_client import REGISTRY
 from streams import metrics
 from streams.contracts import Calibration, Feedback, Label, Recall, UserAnchors, encode
 from streams.dead_letters import Original
+from streams.labels import published
 from streams.labels.agent import Have, LabelsRole
-from streams.labels.published import Published
+from streams.labels.published import Published, Said
 from streams.labels.record import Versions
 from streams.settings import DeadLetterSettings, Settings
 from streams.views import vector_bytes
@@ -33,6 +34,7 @@ class Site:
         self.labels: dict[str, Label] = {}
         self.sent: list[SimpleNamespace] = []
         self.letters: list[str] = []
+        self.messages: list[str] = []
         self._offsets = {"recalls": 0, "feedback": 0}
         failures: list[BaseException] = []
         role = LabelsRole(
@@ -54,7 +56,7 @@ class Site:
         self.role._anchors(SimpleNamespace(value=encode(record), key=b"u", partition=0))
 
     async def receive(self, source: str, records: list[Recall | Feedback], **given: bytes | None) -> None:
-        """``key``: by default each record's user."""
+        """``key``: by default each record's user; ``value``: by default the record."""
         batch = []
         for record in records:
             batch.append(
@@ -64,7 +66,7 @@ class Site:
                     offset=self._offsets[source],
                     timestamp=record.ts,
                     key=given.get("key", record.user_id.encode()),
-                    value=encode(record),
+                    value=given.get("value", encode(record)),
                     headers=(),
                 )
             )
@@ -80,6 +82,7 @@ class Site:
 
     async def _dead_letter(self, original: Original, error: Exception, then: Callable[[], None]) -> None:
         self.letters.append(getattr(error, "reason", ""))
+        self.messages.append(str(error))
         then()
 
 
@@ -103,6 +106,13 @@ async def test_a_record_that_is_not_under_its_users_key_is_refused(key: bytes | 
     await site.receive("recalls", [Recall("last", "u", end, ["0"])])
     assert site.labels.keys() == {"r0"} and site.labels["r0"].exposed.item == ["0"]
     assert site.failures == []
+
+
+@pytest.mark.parametrize("source", ["recalls", "feedback"])
+async def test_a_null_value_is_refused_as_one(source: str) -> None:
+    site = Site(Settings())
+    await site.receive(source, [Recall("r0", "u", START, ["0"])], value=None)
+    assert site.letters == ["invalid"] and site.messages == ["value: null; only gpl.items takes a null value"]
 
 
 async def test_anchors_stay_as_long_as_a_request_may_ask_for_them() -> None:
@@ -320,3 +330,17 @@ async def test_the_lag_of_a_partition_that_has_gone_is_not_told_any_more() -> No
     role._behind = gone_meanwhile  # type: ignore[method-assign]
     await role._tick()
     assert (lag("recalls"), lag("feedback")) == (None, None)
+
+
+def test_records_of_others_among_the_labels_are_passed_over() -> None:
+    ours = {
+        published.REQUEST_ID: b"r",
+        published.REVISION: b"2",
+        published.DIGEST: b"d",
+        published.OUTCOME: b"labelled",
+    }
+    others = [{}, *({**ours, name: value} for name in ours for value in (None, b"\xff") if name != published.DIGEST)]
+    read = Published()
+    for n, headers in enumerate([ours, *others, {**ours, published.DIGEST: None}]):
+        read.note(SimpleNamespace(headers=list(headers.items()), timestamp=n))
+    assert read.labels == {"r": Said(2, b"d", "labelled")}

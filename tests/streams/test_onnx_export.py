@@ -79,13 +79,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> models.ModelStore:
 
 @pytest.mark.parametrize("matching", [labeller.Config(), labeller.Config(matching="kernel", kernel_tau=0.2)])
 def test_the_graph_gives_the_networks_scores(
-    trained: models.ModelStore, tmp_path: Path, matching: labeller.Config
+    trained: models.ModelStore, tmp_path: Path, matching: labeller.Config, capfd: pytest.CaptureFixture[str]
 ) -> None:
     published = trained.read(trained.versions()[0])
     ids_path = export(published, matching, tmp_path / "out" / "model.onnx")
     ids = msgspec.json.decode(ids_path.read_bytes())
     assert (ids["users"], ids["items"]) == (published.ids.users, published.ids.items)
     session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
+    assert "not used" not in capfd.readouterr().err  # a warning of onnxruntime's, at every start of who serves it
     network = PreRanker.of_state(published.weights, DIM)
     assert network.history.abs().max() > 0.01
     rng = np.random.default_rng(5)

@@ -282,14 +282,13 @@ def test_state_that_production_passes_over_is_passed_over():
 def test_times_durations_and_offsets_are_read():
     assert moment_ms("1998-03-01T12:00") == moment_ms("1998-03-01T12:00+00:00") == 888753600000
     assert moment_ms("888753600000") == 888753600000
-    assert [duration_ms(text) for text in ("90s", "15m", "2h", "1d", "1w", "250ms", "5")] == [
+    assert [duration_ms(text) for text in ("90s", "15m", "2h", "1d", "1w", "250ms")] == [
         90_000,
         900_000,
         7_200_000,
         86_400_000,
         604_800_000,
         250,
-        5_000,
     ]
     assert offset_ranges("2:100-200, 3:7,10-20") == {2: [(100, 200)], 3: [(7, 7)], None: [(10, 20)]}
     assert time_text(888753600000) == "1998-03-01 12:00:00.000Z"

@@ -95,8 +95,15 @@ def test_explain_tells_the_story_and_writes_it(saved: Path):
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["replay", "--from", "yesterday"], 2, "'yesterday' is no time"),
-        (["replay", "--last", "long"], 2, "'long' is no duration"),
+        (["replay", "--from", "yesterday"], 2, "for --from: 'yesterday' is no time"),
+        (["replay", "--to", "tomorrow"], 2, "for --to: 'tomorrow' is no time"),
+        (["replay", "--last", "long"], 2, "for --last: 'long' is no duration"),
+        (["replay", "--last", "7"], 2, "for --last: '7' is no duration; a number and its unit, such as 90s, 15m, 2h"),
+        (["replay", "--ahead", "7"], 2, "for --ahead: '7' is no duration"),
+        (["replay", "--offsets", "a-b"], 2, "for --offsets: 'a-b' is no range of offsets"),
+        (["replay", "--no-output", "--output-prefix", "x."], 2, "for --no-output: --output-prefix and --no-output"),
+        (["replay", "--no-output", "--out", "x"], 2, "for --no-output: --out and --no-output exclude each other"),
+        (["replay", "--out", "x", "--output-prefix", "x."], 2, "for --output-prefix: --out and --output-prefix"),
         (["replay", "--last", "1h", "--from", "2023-01-01"], 2, "exclude each other"),
         (["replay", "--topic", "items", "--offsets", "1-2"], 2, "'items' is none of"),
         (["replay", "--from", "2023-02-01", "--to", "2023-01-01"], 1, "is empty"),
@@ -106,13 +113,18 @@ def test_explain_tells_the_story_and_writes_it(saved: Path):
         (["replay", "--set", "generator.beams=3"], 1, "generator.beams: replay cannot answer this"),
         (["replay", "--set", "labels.kernel_tau=-1"], 1, "labels.kernel_tau"),
         (["explain", "nope", "item-1"], 1, "request 'nope'"),
-        (["explain", "r1", "item-1", "--from", "soon"], 2, "'soon' is no time"),
+        (["explain", "r1", "item-1", "--from", "soon"], 2, "for --from: 'soon' is no time"),
     ],
 )
 def test_errors_of_use_are_one_message(saved: Path, arguments: list[str], code: int, said: str):
     done = gpl(*arguments, "--capture", str(saved))
     assert done.exit_code == code, (done.output, done.exception)
     assert said in " ".join(done.output.replace("│", " ").split())
+
+
+def test_a_range_that_cannot_be_read_is_told_before_a_broker_is_asked():
+    done = gpl("capture", "new", "--last", "7")
+    assert done.exit_code == 2 and "for --last: '7' is no duration" in done.output
 
 
 @pytest.mark.parametrize("name", ["window", "allowed_lateness", "retention", "max_ahead"])

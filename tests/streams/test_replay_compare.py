@@ -244,6 +244,23 @@ def test_labels_on_one_side_are_listed_with_the_reason():
     assert left.request_id.encode() in (gone.value or b"")
 
 
+@pytest.mark.parametrize(
+    ("change", "newest_ms", "why"),
+    [
+        ("labels.window_seconds=5", 7_500, "its window is not over on the log"),
+        ("labels.allowed_lateness_seconds=0", 11_000, "its window is not over on the log"),
+        ("labels.window_seconds=30", 15_000, "the labels role is behind"),
+    ],
+)
+def test_a_label_is_missing_for_what_production_waits_for_whatever_is_set(change: str, newest_ms: int, why: str):
+    """Production's window is 10 s, its allowed lateness 2 s."""
+    world, newest = World(1, users=1), START + newest_ms
+    click = Feedback("e", "user-0", "item-0", newest, "click")
+    world.send([Recall("r", "user-0", START, ["item-1"]), Recall("newest", "user-0", newest, ["item-1"]), click])
+    found = compared(world.log, change)
+    assert why in {one.request_id: one.why for one in found.only_replayed.listed}["r"]
+
+
 def test_not_replayable_requests_are_listed():
     world = World(1, users=1)
     world.put_anchors("user-0", START + 1_000, 2)

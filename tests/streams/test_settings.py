@@ -5,7 +5,7 @@ from pathlib import Path
 import pydantic
 import pytest
 
-from streams.settings import load
+from streams.settings import ConfigError, KafkaSettings, load
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +34,9 @@ def test_a_file_in_the_working_directory_is_taken(tmp_path: Path):
         ("[kafka]\npartitions = 0\n", "kafka.partitions"),
         ("[labels]\nwindow_seconds = -1\n", "labels.window_seconds"),
         ("nonsense = 1\n", "nonsense"),
+        ('config = "other.toml"\n', "config"),
+        ('[kafka]\nssl_cafile = "nope.pem"\n', "kafka.ssl_cafile"),
+        ('[kafka]\nssl_cafile = "gpl.toml"\n', "kafka.ssl_cafile"),
     ],
 )
 def test_what_cannot_be_set_is_named(tmp_path: Path, text: str, named: str):
@@ -44,19 +47,77 @@ def test_what_cannot_be_set_is_named(tmp_path: Path, text: str, named: str):
 
 
 def test_a_named_file_must_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(FileNotFoundError, match=r"nope\.toml"):
+    with pytest.raises(ConfigError, match=r"nope\.toml does not exist"):
         load(tmp_path / "nope.toml")
     monkeypatch.setenv("GPL_CONFIG", "gone.toml")
-    with pytest.raises(FileNotFoundError, match=r"gone\.toml"):
+    with pytest.raises(ConfigError, match=r"gone\.toml does not exist"):
         load()
 
 
-def test_a_variable_of_no_section_is_named(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("GPL_SCORER_PORT", "tcp://10.0.0.1:80")  # as Kubernetes sets for a service named gpl-scorer
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"x = [", "Invalid value"), (b"\xff\xfe", "can't decode"), (None, "Is a directory")]
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None, reason: str):
+    path = tmp_path / "bad.toml"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"^configuration file {path}: .*{reason}"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("GPL_INDX__KIND", "server", "GPL_INDX__KIND: there is no section 'indx'"),
+        ("GPL_CONFIG__KIND", "server", "GPL_CONFIG__KIND: there is no section 'config'"),
+        ("GPL_ARTEFACT", "/nope", "GPL_ARTEFACT: there is no setting 'artefact'"),
+        ("GPL_SERVE_PORT", "80", "GPL_SERVE_PORT: there is no setting 'serve_port'"),
+    ],
+)
+def test_a_variable_of_no_setting_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(pydantic.ValidationError, match=said):
+        load()
+
+
+def test_what_kubernetes_says_of_a_service_named_gpl_scorer_is_no_setting(monkeypatch: pytest.MonkeyPatch):
+    for name, value in {
+        "SERVICE_HOST": "10.0.0.1",
+        "SERVICE_PORT": "80",
+        "SERVICE_PORT_HTTP": "80",
+        "PORT": "tcp://10.0.0.1:80",
+        "PORT_80_TCP": "tcp://10.0.0.1:80",
+        "PORT_80_TCP_PROTO": "tcp",
+        "PORT_80_TCP_ADDR": "10.0.0.1",
+    }.items():
+        monkeypatch.setenv(f"GPL_SCORER_{name}", value)
     load()
-    monkeypatch.setenv("GPL_INDX__KIND", "server")
-    with pytest.raises(pydantic.ValidationError, match=r"GPL_INDX__KIND: there is no section 'indx'"):
-        load()
+
+
+@pytest.mark.parametrize("servers", ["a:1", "a", "a:1, b-2.example:65535", "10.0.0.1:9092", "[::1]:9092,[::1]"])
+def test_addresses_of_brokers(servers: str):
+    assert KafkaSettings(bootstrap_servers=servers).bootstrap_servers == servers
+
+
+@pytest.mark.parametrize(
+    "servers", ["", "a:1,", "a:abc", "a:", ":1", "a:0", "a:65536", "::1:9092", "SSL://a:1", "a b:1"]
+)
+def test_what_is_no_address_of_a_broker_is_named(servers: str):
+    with pytest.raises(pydantic.ValidationError, match="is not host:port") as error:
+        KafkaSettings(bootstrap_servers=servers)
+    assert [e["loc"] for e in error.value.errors()] == [("bootstrap_servers",)]
+
+
+@pytest.mark.parametrize("missing", ["sasl_mechanism", "sasl_username", "sasl_password"])
+def test_sasl_needs_all_of_its_settings(missing: str):
+    given = {"sasl_mechanism": "PLAIN", "sasl_username": "me", "sasl_password": "hunter2"}
+    KafkaSettings(security_protocol="SASL_SSL", **given)
+    with pytest.raises(pydantic.ValidationError, match="security_protocol = 'SASL_SSL' needs it") as error:
+        KafkaSettings(security_protocol="SASL_SSL", **{k: v for k, v in given.items() if k != missing})
+    assert [e["loc"] for e in error.value.errors()] == [(missing,)]
+    assert "hunter2" not in str(error.value)
 
 
 def test_secrets_are_redacted(monkeypatch: pytest.MonkeyPatch):

@@ -137,6 +137,11 @@ def test_nothing_to_judge_on_is_an_error(log: Path) -> None:
         neutral.load(log)
     with pytest.raises(FileNotFoundError, match="no such directory"):
         neutral.load(log / "missing")
+    with pytest.raises(FileNotFoundError, match=r"^--truth nope\.csv: no such file, expected CSV or JSONL"):
+        neutral.load(log, Path("nope.csv"))
+    (log / "items.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=f"^{log}/items.jsonl: no such file; docs/evaluation.md tells what"):
+        neutral.load(log)
 
 
 def same(first: Dataset, second: Dataset) -> None:
