@@ -33,7 +33,7 @@ def publish(kafka: KafkaSettings, fitted: Fitted, ts: int = 0) -> Calibration:
 def publish_first(kafka: KafkaSettings, fitted: Fitted) -> None:
     """``publish`` from the beginning of time, if the topic has none; of several that do so all write the same record.
 
-    Raises TopicMissingError, TimeoutError when the topic cannot be read, and what the broker raises.
+    Raises TopicMissingError, KafkaTimeoutError when the topic cannot be read, and what the broker raises.
     """
     there: list[Any] = []
     _read(kafka, there.append)

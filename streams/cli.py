@@ -31,7 +31,7 @@ from streams.history.command import backfill
 from streams.inspect_command import app as inspect_app
 from streams.log_view import LogView, TopicMissingError
 from streams.replay.command import capture, explain, replay
-from streams.settings import ConfigError, Settings, load
+from streams.settings import SECRETS, ConfigError, Settings, load
 from streams.topics_command import app as topics_app
 from streams.trainer.command import app as models_app
 
@@ -175,8 +175,9 @@ def _clear_errors() -> Iterator[None]:
 
 def _setting_errors(error: pydantic.ValidationError) -> str:
     def line(detail: Any) -> str:
-        # Of all settings together nothing is shown: secrets are among them.
-        given = "" if detail["type"] == "missing" or not detail["loc"] else f" (given: {detail['input']!r})"
+        # Secrets are among all settings together, and may stand under a key that is not known.
+        hidden = detail["type"] in ("missing", "extra_forbidden") or not detail["loc"] or SECRETS & {*detail["loc"]}
+        given = "" if hidden else f" (given: {detail['input']!r})"
         at = "".join(f"{part}." for part in detail["loc"])[:-1]
         return f"  {at}{': ' if at else ''}{detail['msg'].removeprefix('Value error, ')}{given}"
 

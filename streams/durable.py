@@ -41,13 +41,17 @@ def write_directory(target: Path, files: Mapping[str, bytes]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(_ASIDE + target.name)
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    for name, data in files.items():
-        with (aside / name).open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    sync_directory(aside)
+    try:
+        aside.mkdir()
+        for name, data in files.items():
+            with (aside / name).open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        sync_directory(aside)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)  # of a full disk not even more
+        raise
     replaced = target.with_name(_REPLACED + target.name)
     if target.exists():
         target.rename(replaced)  # a kill from here on leaves one of the two, see `clear_aside`

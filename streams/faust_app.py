@@ -91,6 +91,7 @@ def _credentials(kafka: KafkaSettings) -> Any:
 
     from faust.auth import SASLCredentials, SSLCredentials
 
+    kafka.check_security()
     context = ssl.create_default_context(cafile=str(kafka.ssl_cafile) if kafka.ssl_cafile else None)
     tls = kafka.security_protocol.endswith("SSL")
     if kafka.security_protocol == "SSL":

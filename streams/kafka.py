@@ -27,7 +27,9 @@ class RecordTooLargeError(ValueError):
 
 
 def client_options(kafka: KafkaSettings) -> dict[str, Any]:
-    """Connection options that every kafka-python client takes."""
+    """Connection options that every kafka-python client takes. Raises ConfigError for security settings that are not
+    complete."""
+    kafka.check_security()
     options: dict[str, Any] = {
         "bootstrap_servers": kafka.bootstrap_servers.split(","),
         "security_protocol": kafka.security_protocol,

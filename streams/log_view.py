@@ -14,7 +14,7 @@ from typing import Any
 
 import structlog
 from kafka import TopicPartition
-from kafka.errors import KafkaError
+from kafka.errors import KafkaError, KafkaTimeoutError
 
 from streams import metrics
 from streams.kafka import consumer
@@ -106,11 +106,11 @@ class LogView:
             self._goal = self._consumer.end_offsets(self._assignment)
 
     def warm_up(self, timeout: float = 120.0) -> None:
-        """Fetch and apply until caught up. Raises TimeoutError after ``timeout`` seconds."""
+        """Fetch and apply until caught up. Raises KafkaTimeoutError after ``timeout`` seconds."""
         deadline = time.monotonic() + timeout
         while not self.caught_up():
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{sorted(self._handlers)} could not be read to their end in {timeout:.0f} s")
+                raise KafkaTimeoutError(f"{sorted(self._handlers)} could not be read to their end in {timeout:.0f} s")
             self.apply(self.fetch(0.2))
 
     async def follow(self, applied: Callable[[], Awaitable[None]] | None = None) -> None:

@@ -40,6 +40,10 @@ class UnreadableError(ModelError):
     """A file that storage does not give, for another reason than that it is not there: it may come back."""
 
 
+class OtherSoftwareError(ModelError):
+    """A manifest that is whole, and says what this software cannot read."""
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """About a published model. ``config``: of the network, enough to build it; ``published_at``: wall milliseconds.
 
@@ -263,8 +267,10 @@ def _bytes(storage: Storage, version: str, name: str) -> bytes:
 def _manifest(document: bytes) -> Manifest:
     try:
         manifest = msgspec.json.decode(document, type=Manifest)
+    except msgspec.ValidationError as error:
+        raise OtherSoftwareError(f"{_MANIFEST}: {error}") from error
     except ValueError as error:
         raise ModelError(f"{_MANIFEST}: {error}") from error
     if manifest.format != FORMAT:
-        raise ModelError(f"format: {manifest.format}, this version reads {FORMAT}")
+        raise OtherSoftwareError(f"format: {manifest.format}, this version reads {FORMAT}")
     return manifest

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from streams.storage import Location
@@ -28,7 +28,8 @@ _OF_A_SERVICE = re.compile(r"\w+_SERVICE_(HOST|PORT\w*)=.*|\w+_PORT(_\d+_(TCP|UD
 
 
 class ConfigError(Exception):
-    """A configuration file that is missing or cannot be read; the message names it."""
+    """A configuration file that is missing or cannot be read, or settings that do not go together; the message names
+    them."""
 
 
 class Section(BaseModel):
@@ -37,7 +38,7 @@ class Section(BaseModel):
 
 
 class KafkaSettings(Section):
-    bootstrap_servers: str = Field("127.0.0.1:9092", description="host:port of brokers, separated by commas")
+    bootstrap_servers: str = Field("127.0.0.1:9092", description="host[:port] of brokers, separated by commas")
     prefix: str = Field("gpl.", pattern=r"^[A-Za-z0-9._-]*$", description="put before every topic name")
     group_prefix: str = Field("gpl-", description="put before every consumer group")
     partitions: int = Field(6, ge=1, description="of all topics that are keyed by user")
@@ -68,26 +69,22 @@ class KafkaSettings(Section):
         for server in servers.split(","):
             found = _SERVER.fullmatch(server.strip())
             if found is None or not 0 < int(found[1] or 9092) < 2**16:
-                raise ValueError(f"{server!r} is not host:port")
-        return servers
+                raise ValueError(f"{server!r} is not host[:port]")
+        return ",".join(server.strip() for server in servers.split(","))
 
-    @field_validator("sasl_mechanism", "sasl_username", "sasl_password")
-    @classmethod
-    def _complete(cls, value: Any, info: ValidationInfo) -> Any:
-        protocol = info.data.get("security_protocol", "")
-        if protocol.startswith("SASL") and not value:
-            raise ValueError(f"kafka.security_protocol = {protocol!r} needs it")
-        return value
-
-    @field_validator("ssl_cafile")
-    @classmethod
-    def _certificates(cls, path: Path | None) -> Path | None:
-        if path is not None:
+    def check_security(self) -> None:
+        """For whoever connects: what only looks at files does without secrets and certificates. Raises ConfigError."""
+        if self.security_protocol.startswith("SASL"):
+            for name in ("sasl_mechanism", "sasl_username", "sasl_password"):
+                if not getattr(self, name):
+                    raise ConfigError(f"kafka.{name}: kafka.security_protocol = {self.security_protocol!r} needs it")
+        if self.ssl_cafile is not None:
             try:
-                ssl.create_default_context(cafile=str(path))
+                ssl.create_default_context(cafile=str(self.ssl_cafile))
             except OSError as error:
-                raise ValueError(f"no certificates could be read: {error.strerror}") from None
-        return path
+                raise ConfigError(
+                    f"kafka.ssl_cafile = {str(self.ssl_cafile)!r}: no certificates could be read: {error.strerror}"
+                ) from None
 
 
 class IndexSettings(Section):
@@ -394,6 +391,16 @@ class Settings(BaseSettings):
         labels = self.labels.model_dump(exclude=_NOT_WHAT_A_LABEL_SAYS)
         canonical = msgspec.json.encode(labels, order="sorted")
         return hashlib.sha256(canonical).hexdigest()[:12]
+
+
+SECRETS = frozenset(
+    name
+    for section in Settings.model_fields.values()
+    if isinstance(section.annotation, type) and issubclass(section.annotation, Section)
+    for name, field in section.annotation.model_fields.items()
+    if field.annotation == SecretStr | None
+)
+"""Names of the settings whose values are not to be shown."""
 
 
 def load(path: Path | None = None) -> Settings:

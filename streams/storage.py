@@ -12,7 +12,7 @@ import errno
 import fcntl
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 from urllib.parse import urlsplit
@@ -170,8 +170,13 @@ class ObjectStorage:
 
     def write(self, name: str, files: Mapping[str, bytes], last: str) -> str:
         self.remove(name, last)
-        for file in sorted(files, key=lambda file: file == last):
-            self.put(f"{name}/{file}", files[file])
+        try:
+            for file in sorted(files, key=lambda file: file == last):
+                self.put(f"{name}/{file}", files[file])
+        except OSError:
+            with suppress(OSError):
+                self.remove(name, last)
+            raise
         return self.uri(name)
 
     def read(self, name: str) -> bytes:

@@ -64,6 +64,8 @@ def lines(path: Path, max_bytes: int) -> Iterator[Line]:
 
     Raises FileNotFoundError.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; docs/data-format.md tells what a data directory holds")
     with path.open("rb") as handle:
         number, offset = 0, 0
         if handle.peek(len(BOM)).startswith(BOM):

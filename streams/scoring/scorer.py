@@ -42,6 +42,8 @@ log = structlog.get_logger()
 
 RETRY_SECONDS = 5.0
 """Until a model that could not be read is tried again."""
+READ_SECONDS = 300.0
+"""That a model may take to be read before it is asked for again, or a newer one in its place."""
 WARM_UP_CALLS = 20
 """Scored before readiness, so that no request pays for first touches of memory and libraries."""
 
@@ -183,6 +185,11 @@ class Scorer:
             self._reading = update, time.perf_counter(), _read(update)
         update, started, reading = self._reading
         if not wait and not reading.done():
+            if time.perf_counter() - started > READ_SECONDS:
+                self._reading = None
+                self._announced = self._announced or update
+                metrics.MODELS_REFUSED.inc()
+                log.error("model_read_given_up", version=update.version, in_service=self.model_version)
             return
         self._reading = None
         try:

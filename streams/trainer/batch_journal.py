@@ -131,23 +131,26 @@ class BatchJournal:
             return
         self._pruned_at = now
         full = [found for found in self._segments() if found < (self._run, self._first_step)]
+        newest = next((at for found in reversed(full) if (at := self._written_at(*found)) is not None), 0)
+        oldest = min(newest, now * 1000) - days * 86_400_000
         oldest_kept: int | None = None
-        oldest = now * 1000
         for run, first in full:
-            try:
-                if (run, first) == full[0]:
-                    oldest = min(oldest, self._segment(*full[-1]).written_at) - days * 86_400_000
-                kept = self._segment(run, first).written_at >= oldest
-            except JournalError as error:  # a rebuild says so where it needs it; the trainer goes on
-                log.warning("journal_segment_damaged", run=run, first_step=first, why=str(error))
-                kept = True
-            if kept:
+            at = self._written_at(run, first)
+            if at is None or at >= oldest:
                 oldest_kept = run
                 break
             self._storage.remove(f"{DIRECTORY}/{run:06d}-{first:010d}.json.gz")
         for run in self.runs():
             if run < (self._run if oldest_kept is None else oldest_kept):
                 self._storage.remove(f"{DIRECTORY}/{run:06d}.json")
+
+    def _written_at(self, run: int, first: int) -> int | None:
+        """Of a segment, wall milliseconds; None when it is damaged: a rebuild says so where it needs it."""
+        try:
+            return self._segment(run, first).written_at
+        except JournalError as error:
+            log.warning("journal_segment_damaged", run=run, first_step=first, why=str(error))
+            return None
 
     # Reading
 

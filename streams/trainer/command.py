@@ -328,7 +328,7 @@ def _serving(settings: Settings) -> str | None:
 
     try:
         update = versions.in_service(settings)
-    except (KafkaError, ValueError, TimeoutError) as error:
+    except (KafkaError, ValueError) as error:
         _err.print(f"warning: which version serves is not known: {error or type(error).__name__}", style="yellow")
         return None
     return None if update is None else update.version

@@ -9,8 +9,8 @@ A label record is identified by (request_id, revision). Of a request,
 
 The window holds the newest ``capacity`` requests; the one seen first leaves first. Within the log a trainer reads
 each offset once (its positions are in the checkpoint), so the window needs to span only how far apart a producer may
-repeat or correct a label. A correction of a request that a full window does not know comes too late: what was trained
-of it is forgotten, so nothing of it is trained.
+repeat or correct a label. A correction of a request that the window does not know, once it has let go of any, comes
+too late: whether something of it was trained is forgotten, so nothing is.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ class DedupWindow:
             raise ValueError(f"capacity: {capacity}, at least 1 expected")
         self._capacity = capacity
         self._requests: dict[str, Trained] = {}
+        self.forgot = False
+        """Whether it has let go of a request."""
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -67,12 +69,13 @@ class DedupWindow:
         """What to train of this record, now counted as trained; or why it is not."""
         known = self._requests.get(label.request_id)
         exposed, has_pseudo = tuple(label.items[: label.shown]), len(label.items) > label.shown
-        if known is None and label.revision > 0 and len(self._requests) >= self._capacity:
+        if known is None and label.revision > 0 and self.forgot:
             return Known.FORGOTTEN
         if known is None:
             self._requests[label.request_id] = Trained(label.revision, exposed, has_pseudo)
             if len(self._requests) > self._capacity:
                 del self._requests[next(iter(self._requests))]
+                self.forgot = True
             return Fresh(True, range(label.shown), has_pseudo)
         if label.revision <= known.revision:
             return Known.REPEATED
@@ -88,6 +91,7 @@ class DedupWindow:
         """For the checkpoint, oldest first."""
         return list(self._requests.items())
 
-    def restore(self, state: list[tuple[str, Trained]]) -> None:
+    def restore(self, state: list[tuple[str, Trained]], forgot: bool) -> None:
         """Take over a saved window; of one larger than ``capacity`` the newest stay."""
         self._requests = dict(state[-self._capacity :])
+        self.forgot = forgot or len(state) > self._capacity

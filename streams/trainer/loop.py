@@ -25,7 +25,7 @@ from streams import dead_letters, metrics
 from streams.frame import Frame
 from streams.kafka import producer
 from streams.liveness import health_of
-from streams.settings import Settings
+from streams.settings import ConfigError, Settings
 from streams.storage import InUseError, open_storage
 from streams.topics import full_name
 from streams.trainer import intake
@@ -56,7 +56,7 @@ class TrainingDivergedError(RuntimeError):
     """The model's weights or scores are no numbers any more; nothing of it was saved or published."""
 
 
-CLEAR = (CheckpointError, InUseError, metrics.AddressError, OffsetsGoneError, TrainingDivergedError)
+CLEAR = (CheckpointError, ConfigError, InUseError, metrics.AddressError, OffsetsGoneError, TrainingDivergedError)
 """Errors that an operator can put right: their message says all."""
 
 

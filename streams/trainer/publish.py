@@ -147,9 +147,8 @@ class Publisher:
             return self._publish(candidate)
         except (models.ModelError, OSError) as error:
             log.error("publication_put_off", step=candidate.step, why=str(error))
-            if self.last is None or self.last.metrics.get("trained") != candidate.trained:
-                # Not announced: whatever is there of the version, the next attempt's has a higher number.
-                self._attempted, self._trained = attempted
+            # Whatever is there of the version, the next attempt's has a higher number.
+            self._attempted, self._trained = attempted
             return None
 
     def _publish(self, candidate: Candidate) -> ModelUpdate | None:
@@ -174,9 +173,12 @@ class Publisher:
         if not self._announce(update):
             return None
         if accepted:
-            # Of one that does not come into service it is not used up. A kill before this lets one more pass.
+            # Of one that does not come into service it is not used up. A kill or a failure here lets one more pass.
             log.warning("gate_opened_once", step=candidate.step)
-            self.store.clear_acceptance()
+            try:
+                self.store.clear_acceptance()
+            except OSError as error:
+                log.warning("acceptance_not_used_up", why=str(error))
         metrics.MODELS_PUBLISHED.inc()
         if "model_age_seconds" in figures:
             metrics.MODEL_AGE.set(figures["model_age_seconds"])
@@ -279,9 +281,15 @@ class Publisher:
         else:
             announce(self._kafka, self._producer, update)
             self._announced.refresh()
-            # Somebody may have pinned a version between the look and the announcement; theirs is to stay.
-            pin = self._follow_pin()
-        self._retain(update.version)
+            try:
+                # Somebody may have pinned a version between the look and the announcement; theirs is to stay.
+                pin = self._follow_pin()
+            except models.ModelError as error:
+                log.warning("pin_unreadable", why=str(error))  # the next look puts it right
+        try:
+            self._retain(update.version)
+        except (models.ModelError, OSError) as error:
+            log.warning("models_not_let_go_of", why=str(error))
         return pin is None or pin.version == update.version
 
     def _follow_pin(self) -> models.Pin | None:
@@ -297,16 +305,20 @@ class Publisher:
 
     def _retain(self, published: str) -> None:
         present = self.store.versions()
-        hours: dict[str, int] = {}  # of sound ones: what a failed write left half-written must not crowd them out
+        sound: list[str] = []  # what a failed write left half-written must not crowd them out
+        hours: dict[str, int] = {}
         kept = {published}
         for version in reversed(present):
             try:
                 hours[version] = self._hour(version)
+                sound.append(version)
             except models.UnreadableError:
                 kept.add(version)  # it may be one of them
+            except models.OtherSoftwareError:
+                sound.append(version)
             except models.ModelError:
                 continue
-        kept.update([*hours][-self._settings.keep_models :])
+        kept.update(sound[-self._settings.keep_models :])
         kept.update(first_of_hours(hours, self._settings.keep_hourly_models, self._hour(published)))
         for version in present:
             if version not in kept and not self._is_held(version):

@@ -15,7 +15,7 @@ from typing import Any
 import structlog
 import torch
 from kafka import TopicPartition
-from kafka.errors import OffsetOutOfRangeError
+from kafka.errors import LogTruncationError, OffsetOutOfRangeError
 
 from gpl.catalogue import Catalogue
 from gpl.preranker.division import in_one_process
@@ -141,8 +141,9 @@ def _base(
                 last = step
             ahead = _ahead(lineage, manifest)
             # Where a run begins with it, the run says where: labels may have expired meanwhile.
-            begins = bool(ahead) and ahead[0][0].step == step and ahead[0][0].run != manifest.run
-            lost = _expired(ahead[0][0].positions if begins else manifest.positions, ahead, earliest)
+            first = ahead[0][0]
+            begins = first.step == step and first.run != manifest.run
+            lost = _expired(first.positions if begins else manifest.positions, ahead, earliest)
             if step > lineage[-1][1]:
                 why = "is of a step after the model"
             elif step > last:
@@ -302,16 +303,16 @@ class _RangeReader:
                     f"{self._topic}, partition {p}: offset {end} is asked for, it ends at {self._ends[p]}"
                 )
         waits = 0
-        while missing := [p for p, _, end in ranges if not self._holds(p, end)]:
-            try:
+        try:
+            while missing := [p for p, _, end in ranges if not self._holds(p, end)]:
                 polled = self._consumer.poll(timeout_ms=1000)
-            except OffsetOutOfRangeError as error:
-                raise RebuildError(f"{error}: retention has overtaken the rebuild") from error
-            for tp, records in polled.items():
-                self._buffers[tp.partition].extend(records)
-            waits = 0 if polled else waits + 1
-            if waits >= WAIT_SECONDS:
-                raise RebuildError(f"{self._topic}, partitions {missing}: no records for {WAIT_SECONDS:.0f} s")
+                for tp, records in polled.items():
+                    self._buffers[tp.partition].extend(records)
+                waits = 0 if polled else waits + 1
+                if waits >= WAIT_SECONDS:
+                    raise RebuildError(f"{self._topic}, partitions {missing}: no records for {WAIT_SECONDS:.0f} s")
+        except (OffsetOutOfRangeError, LogTruncationError) as error:
+            raise RebuildError(f"{error}: retention has overtaken the rebuild") from error
         return [record for p, first, end in ranges for record in self._until(p, end) if record.offset >= first]
 
     def close(self) -> None:

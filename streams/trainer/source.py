@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import structlog
 from kafka import TopicPartition
-from kafka.errors import OffsetOutOfRangeError
+from kafka.errors import LogTruncationError, OffsetOutOfRangeError
 
 from streams.dead_letters import Original
 from streams.kafka import consumer
@@ -207,15 +207,15 @@ class LabelSource:
         waiting = self._idle or self._group.ranks == 1 or not self._at_end.issuperset(self._assignment)
         try:
             polled = self._consumer.poll(timeout_ms=50 if waiting else 0)
-        except OffsetOutOfRangeError as error:
+            # No high-water mark until the first fetch of the partition has come back.
+            ends = {p: max(self._ends[p], self._consumer.highwater(tp) or 0) for p, tp in self._assignment.items()}
+            at_end = [p for p, tp in self._assignment.items() if self._consumer.position(tp) >= ends[p]]
+        except (OffsetOutOfRangeError, LogTruncationError) as error:
             raise OffsetsGoneError(
                 f"{error}: retention has overtaken the trainer, or the topic was cut or made anew. Started again, the "
                 "trainer says how many labels are lost and goes on behind them, or says what it would need"
             ) from error
         now = self._clock()
-        # No high-water mark until the first fetch of the partition has come back.
-        ends = {p: max(self._ends[p], self._consumer.highwater(tp) or 0) for p, tp in self._assignment.items()}
-        at_end = [p for p, tp in self._assignment.items() if self._consumer.position(tp) >= ends[p]]
         return _Polled([record for records in polled.values() for record in records], ends, at_end, now, now - started)
 
     def _exchanged(self, mine: _Polled) -> list[_Polled]:

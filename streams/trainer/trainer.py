@@ -67,6 +67,7 @@ class _State(msgspec.Struct):
     evidence_sources: list[str] | None = None  # of checkpoints that kept one evidence for all
     mixed_sources: list[str] | None = None  # without pointwise labels there are none
     asked: models.Probe = models.NO_PROBE  # older checkpoints have none
+    forgot: bool = False
 
 
 class Trainer:
@@ -201,6 +202,7 @@ class Trainer:
             users=users,
             items=items,
             dedup=self._dedup.state(),
+            forgot=self._dedup.forgot,
             window=requests,
             tail=self._tail,
             records=self.records,
@@ -245,7 +247,7 @@ class Trainer:
         self._items.restore(state.items, by_id["items_seen"])
         self._rows.forget()
         self._exposures = by_id["exposures"].copy()
-        self._dedup.restore(state.dedup)
+        self._dedup.restore(state.dedup, state.forgot)
         self._window.restore(state.window, checkpoint.tensors["window"])
         self._calibration.restore(checkpoint.tensors["calibration"])
         self._evidence.restore(state.evidence_sources, checkpoint.tensors["evidence"])

@@ -37,7 +37,7 @@ _NEWS = msgspec.msgpack.Decoder(_News)
 
 
 class ItemVectors:
-    """Keeps a catalogue current. Raises TopicMissingError, and TimeoutError when the topic cannot be read at first.
+    """Keeps a catalogue current. Raises TopicMissingError, KafkaTimeoutError when the topic cannot be read at first.
 
     ``positions``: next offsets that rank 0 has not yet read; ``moved``: those that differ from before the last call of
     ``settle``. On other ranks both are empty.

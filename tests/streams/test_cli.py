@@ -54,7 +54,7 @@ def test_config_show_tells_what_is_in_force_without_secrets(tmp_path: Path):
         (["fit", "nowhere"], {"GPL_CONFIG": "latin.toml"}, 2, "configuration file latin.toml: 'utf-8' codec"),
         (["config", "show"], {"GPL_KAFKA__PARTITIONS": "0"}, 2, "kafka.partitions"),
         (["topics", "check"], {"GPL_KAFKA__BOOTSTRAP_SERVERS": "a:abc"}, 2, "kafka.bootstrap_servers: 'a:abc' is not"),
-        (["fit", "nowhere"], {}, 1, "nowhere"),
+        (["fit", "nowhere"], {}, 1, "nowhere/items.jsonl: no such file; docs/data-format.md"),
         (["validate", "nowhere"], {}, 1, "nowhere"),
     ],
 )
@@ -68,6 +68,9 @@ def test_an_error_of_use_is_one_clear_message(tmp_path: Path, arguments, env, co
     assert done.returncode == code
 
 
-def test_an_error_of_all_settings_together_shows_none_of_them(tmp_path: Path):
+def test_an_error_shows_no_value_that_may_be_a_secret(tmp_path: Path):
+    for name in ("SASL_PASWORD", "SASL_PASSWORD__X"):
+        mistyped = gpl("config", "show", cwd=tmp_path, **{f"GPL_KAFKA__{name}": "hunter2"})
+        assert mistyped.returncode == 2 and "kafka.sasl_pas" in mistyped.stderr and "hunter2" not in mistyped.stderr
     done = gpl("config", "show", cwd=tmp_path, GPL_FOO="1", GPL_KAFKA__SASL_PASSWORD="hunter2")
     assert (done.returncode, done.stderr) == (2, "configuration:\n  GPL_FOO: there is no setting 'foo'\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,20 @@ def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
         file.write(b"new")
         raise ZeroDivisionError
     assert target.read_bytes() == b"old" and list(tmp_path.iterdir()) == [target]
+
+
+def test_a_directory_that_cannot_be_written_leaves_nothing_on_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = open_storage(tmp_path)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        storage.write("v1", {"weights": b"12", "manifest.json": b"{}"}, last="manifest.json")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_killed_writer_left_is_cleared(tmp_path: Path) -> None:

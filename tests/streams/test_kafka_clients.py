@@ -6,8 +6,9 @@ import pytest
 from pydantic import SecretStr
 
 from streams.broker.process import free_ports
+from streams.faust_app import make_app
 from streams.kafka import NoBrokerError, RecordTooLargeError, admin, check_size, client_options, consumer, producer
-from streams.settings import KafkaSettings
+from streams.settings import ConfigError, KafkaSettings
 
 
 def test_a_record_over_the_cap_is_refused_and_named():
@@ -33,6 +34,24 @@ def test_security_reaches_the_clients():
         "sasl_plain_username": "me",
         "sasl_plain_password": "hunter2",
     }
+
+
+@pytest.mark.parametrize("client", [client_options, lambda kafka: make_app(kafka, "labels")])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"sasl_mechanism": None}, "kafka.sasl_mechanism: kafka.security_protocol = 'SASL_SSL' needs it"),
+        ({"sasl_username": None}, "kafka.sasl_username: kafka.security_protocol = 'SASL_SSL' needs it"),
+        ({"sasl_password": None}, "kafka.sasl_password: kafka.security_protocol = 'SASL_SSL' needs it"),
+        ({"ssl_cafile": "nope.pem"}, "kafka.ssl_cafile = 'nope.pem': no certificates could be read"),
+        ({"ssl_cafile": __file__}, "no certificates could be read"),
+    ],
+)
+def test_security_that_is_not_complete_is_named_by_whoever_connects(client, change, said):
+    given = {"sasl_mechanism": "PLAIN", "sasl_username": "me", "sasl_password": "hunter2"}
+    kafka = KafkaSettings(security_protocol="SASL_SSL", **{**given, **change})  # of files alone one may look
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        client(kafka)
 
 
 @pytest.mark.parametrize(

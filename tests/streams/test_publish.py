@@ -451,6 +451,34 @@ def test_what_failed_publications_left_crowds_out_no_good_one(
             publisher.store.storage.put(f"{models.version_name(number, 3)}/model.safetensors", b"half")
         assert publisher.publish(candidate(5)) is not None
         assert publisher.store.versions() == ["v000005-00000005", "v000002-00000002"]
+    # What another release made counts: it may be gone back to.
+    manifest = tmp_path / "v000002-00000002" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "a_new_field": 1}))
+    with closing(Publisher(kafka_settings, own(tmp_path, keep_models=3), producer)) as publisher:
+        assert publisher.publish(candidate(6)) is not None
+        assert [version[:7] for version in publisher.store.versions()] == ["v000006", "v000005", "v000002"]
+
+
+@pytest.mark.parametrize("name", ["remove", "pinned", "clear_acceptance"])
+def test_what_fails_behind_the_announcement_puts_nothing_off(
+    kafka_settings: KafkaSettings, producer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    settings = own(tmp_path, keep_models=2, keep_hourly_models=0)
+    with closing(Publisher(kafka_settings, settings, producer)) as publisher:
+        for step in (1, 2):
+            assert publisher.publish(candidate(step)) is not None
+        publisher.store.accept()
+        works, count = getattr(publisher.store, name), len(announced(kafka_settings))
+
+        def fails(*arguments: Any) -> Any:
+            if name == "pinned" and len(announced(kafka_settings)) == count:
+                return works(*arguments)
+            raise models.UnreadableError("away") if name == "pinned" else OSError(errno.EACCES, "Permission denied")
+
+        monkeypatch.setattr(publisher.store, name, fails)
+        assert publisher.publish(candidate(3)) is not None
+        assert publisher.publish(candidate(3)) is None
+        assert len(announced(kafka_settings)) == count + 1
 
 
 def test_retention_leaves_what_is_gone_back_to_at_that_moment(

@@ -24,7 +24,7 @@ from streams.contracts import ItemVector, ModelUpdate, Record, UserAnchors, enco
 from streams.frame import Frame
 from streams.metrics import Health
 from streams.scoring.anchors import anchor_scores
-from streams.scoring.scorer import RETRY_SECONDS, NotReadyError, Scorer, best_first
+from streams.scoring.scorer import READ_SECONDS, RETRY_SECONDS, NotReadyError, Scorer, best_first
 from streams.settings import Settings, TrainerSettings
 from streams.views import vector_bytes
 
@@ -330,6 +330,27 @@ def test_a_storage_that_hangs_holds_nothing_else_up(world: World, monkeypatch: p
     go_on.set()
     world.scorer.refresh()
     assert world.scorer.model_version == update.version and world.scorer.score("u1", ["late"]).unknown == []
+
+
+def test_a_model_whose_reading_takes_too_long_is_asked_for_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, hangs = world.model(5)
+    never, read = threading.Event(), models.read
+
+    def slow(uri: str, checksum: str) -> models.Published:
+        assert uri != hangs.uri or never.wait(60)
+        return read(uri, checksum)
+
+    monkeypatch.setattr(models, "read", slow)
+    world.write("model-updates", hangs.model, hangs)
+    world.scorer.refresh(wait=False)
+    _, newer = world.model(6)
+    world.write("model-updates", newer.model, newer)
+    now = time.perf_counter()
+    monkeypatch.setattr(time, "perf_counter", lambda: now + READ_SECONDS + 1)
+    world.scorer.refresh(wait=False)
+    world.scorer.refresh()
+    assert world.scorer.model_version == newer.version
+    never.set()
 
 
 def test_only_the_announcements_of_the_served_name_count(world: World) -> None:

@@ -35,8 +35,6 @@ def test_a_file_in_the_working_directory_is_taken(tmp_path: Path):
         ("[labels]\nwindow_seconds = -1\n", "labels.window_seconds"),
         ("nonsense = 1\n", "nonsense"),
         ('config = "other.toml"\n', "config"),
-        ('[kafka]\nssl_cafile = "nope.pem"\n', "kafka.ssl_cafile"),
-        ('[kafka]\nssl_cafile = "gpl.toml"\n', "kafka.ssl_cafile"),
     ],
 )
 def test_what_cannot_be_set_is_named(tmp_path: Path, text: str, named: str):
@@ -98,26 +96,17 @@ def test_what_kubernetes_says_of_a_service_named_gpl_scorer_is_no_setting(monkey
 
 @pytest.mark.parametrize("servers", ["a:1", "a", "a:1, b-2.example:65535", "10.0.0.1:9092", "[::1]:9092,[::1]"])
 def test_addresses_of_brokers(servers: str):
-    assert KafkaSettings(bootstrap_servers=servers).bootstrap_servers == servers
+    # Faust, unlike kafka-python, takes a blank for a part of the name.
+    assert KafkaSettings(bootstrap_servers=servers).bootstrap_servers == servers.replace(" ", "")
 
 
 @pytest.mark.parametrize(
     "servers", ["", "a:1,", "a:abc", "a:", ":1", "a:0", "a:65536", "::1:9092", "SSL://a:1", "a b:1"]
 )
 def test_what_is_no_address_of_a_broker_is_named(servers: str):
-    with pytest.raises(pydantic.ValidationError, match="is not host:port") as error:
+    with pytest.raises(pydantic.ValidationError, match=r"is not host\[:port\]") as error:
         KafkaSettings(bootstrap_servers=servers)
     assert [e["loc"] for e in error.value.errors()] == [("bootstrap_servers",)]
-
-
-@pytest.mark.parametrize("missing", ["sasl_mechanism", "sasl_username", "sasl_password"])
-def test_sasl_needs_all_of_its_settings(missing: str):
-    given = {"sasl_mechanism": "PLAIN", "sasl_username": "me", "sasl_password": "hunter2"}
-    KafkaSettings(security_protocol="SASL_SSL", **given)
-    with pytest.raises(pydantic.ValidationError, match="security_protocol = 'SASL_SSL' needs it") as error:
-        KafkaSettings(security_protocol="SASL_SSL", **{k: v for k, v in given.items() if k != missing})
-    assert [e["loc"] for e in error.value.errors()] == [(missing,)]
-    assert "hunter2" not in str(error.value)
 
 
 def test_secrets_are_redacted(monkeypatch: pytest.MonkeyPatch):

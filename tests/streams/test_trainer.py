@@ -259,7 +259,7 @@ def test_whatever_is_redelivered_each_label_is_trained_once(data: st.DataObject)
     for position, n in enumerate(order):
         if data.draw(st.booleans()):
             restored = DedupWindow(100)
-            restored.restore(window.state())
+            restored.restore(window.state(), window.forgot)
             window = restored
         fresh = admit(window, revisions[n])
         if n in order[:position]:
@@ -284,12 +284,17 @@ def test_the_window_is_bounded_and_the_oldest_leaves() -> None:
 
 def test_a_correction_of_what_is_forgotten_is_not_trained_and_counted() -> None:
     window = DedupWindow(2)
-    # While the window has room, nothing was forgotten: training began behind the first revision.
+    # As long as nothing was forgotten, training began behind the first revision.
     assert admit(window, label("early", {"i1": 0}, ["i2"], revision=1)) is not None
     for request in ("a", "b"):
         assert admit(window, label(request, {"i1": 0}, ["i2"])) is not None
     late = label("early", {"i1": 1}, ["i2"], revision=2)
-    assert window.admit(*columns([late])) is Known.FORGOTTEN
+    wider = DedupWindow(9)
+    wider.restore(window.state(), window.forgot)
+    narrower = DedupWindow(1)
+    narrower.restore(window.state(), False)
+    for one in (window, wider, narrower):
+        assert one.admit(*columns([late])) is Known.FORGOTTEN
     assert admit(window, label("b", {"i1": 0, "i3": 1}, [], revision=1)) is not None
     assert [name for name, _ in window.state()] == ["a", "b"]
     with pytest.raises(ValueError, match="capacity: 0"):
