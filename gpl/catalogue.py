@@ -82,6 +82,8 @@ class Catalogue:
             codes = np.asarray(sid, np.int32)
         except OverflowError as error:
             raise ValueError(f"item {item_id!r}: sid {list(sid)} has a code beyond 32 bits") from error
+        if not np.array_equal(codes, np.asarray(sid)):  # of an array, a cast wraps and cuts
+            raise ValueError(f"item {item_id!r}: sid {list(sid)} has a code that is no whole number of 32 bits")
         if codes.shape != (self.levels,):
             raise ValueError(f"item {item_id!r}: sid has shape {codes.shape}, expected ({self.levels},)")
         if codes.min() < 0:

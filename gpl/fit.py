@@ -146,7 +146,7 @@ def fit(
         "positives": sum(len(user.rows) for user in positives.values()),
         "quantiser": quantiser.report(vectors),
         "generator_losses": list(losses),
-        "newest_ts": max((event.known_ts for event in events), default=None),
+        "newest_ts": max((int(event.known_ts) for event in events), default=None),
         "seed": seed,
         "warnings": warnings,
     }

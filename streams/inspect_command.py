@@ -88,7 +88,7 @@ def _open(data: Path, artefacts: Path | None, config: Path | None) -> Inspector:
     from gpl.space import PRECOMPUTED, SentenceEncoder
     from streams.contracts import Feedback, Item
     from streams.data.reader import records
-    from streams.fitting import exposures
+    from streams.fitting import exposures, usable
 
     settings = load(config)
     for name in ("items.jsonl", "feedback.jsonl"):
@@ -97,9 +97,8 @@ def _open(data: Path, artefacts: Path | None, config: Path | None) -> Inspector:
     cap, labels = settings.kafka.max_record_bytes, settings.labels
     try:
         fitted = Artefacts.load(artefacts or settings.artefacts)
-        found = {
-            r.item_id: ItemContent(r.item_id, r.text, r.embedding) for r in records(data / "items.jsonl", Item, cap)
-        }
+        taken = usable(records(data / "items.jsonl", Item, cap), lambda said: typer.echo(said, err=True))
+        found = [ItemContent(r.item_id, r.text, r.embedding) for r in taken]
         if not found:
             raise ValueError(f"{data / 'items.jsonl'}: no valid record")
         events = exposures(records(data / "feedback.jsonl", Feedback, cap))
@@ -108,7 +107,7 @@ def _open(data: Path, artefacts: Path | None, config: Path | None) -> Inspector:
             encoder = SentenceEncoder(fitted.space.encoder, settings.space.cache, settings.space.batch_size)
         return Inspector(
             fitted,
-            list(found.values()),
+            found,
             events,
             encoder,
             Config(labels.matching, labels.kernel_tau, labels.dispersion, labels.history, labels.generation),

@@ -6,6 +6,7 @@ probabilities of all SIDs of the catalogue sum to 1 and logprobs of different us
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -32,8 +33,8 @@ class Decoding:
     """Leave out the SIDs of the history: those that are left share the probability."""
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"temperature: {self.temperature}, must be positive")
+        if not 1e-6 <= self.temperature < math.inf:  # below, scores leave float32
+            raise ValueError(f"temperature: {self.temperature}, must be finite and at least 1e-6")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""

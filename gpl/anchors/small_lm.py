@@ -141,6 +141,8 @@ class SmallLM:
     @torch.inference_mode()
     def generate(self, histories: Sequence[History], trie: SidTrie, beams: int) -> list[Beams]:
         """One `Beams` a history, in order; see `AnchorGenerator`. An empty history asks for what people start with."""
+        if beams < 1:
+            raise ValueError(f"beams: {beams}, must be at least 1")
         shape = self.shape
         check_trie(trie, shape.levels, shape.codebook_size)
         device = self._model.offsets.device

@@ -72,9 +72,10 @@ def train(
 ) -> list[float]:
     """Fit those parameters of ``network`` that ask for gradients, in place, on their device.
 
-    Answers the validation loss (nats an item) after each epoch. ``likelihood`` is the network's; ``history``: items of
-    a window. ``sequences``, ``validation``: users' SIDs (n, levels), oldest first. Without validation all epochs are
-    run and the answer is empty. Dropout draws from torch's global generator, which the caller seeds.
+    Answers the validation loss (nats an item) after each epoch. ``likelihood`` is the network's; ``history``: items
+    that are read at most; a window is one longer, or what follows so many would not be learned. ``sequences``,
+    ``validation``: users' SIDs (n, levels), oldest first. Without validation all epochs are run and the answer is
+    empty. Dropout draws from torch's global generator, which the caller seeds.
 
     With ``resume`` an interrupted call is taken up where its state was written last, and ends with the very weights
     of one that was not interrupted. A state of other data, first weights, seed, schedule or ``settings`` is passed
@@ -86,10 +87,10 @@ def train(
     keep = keep_probabilities(sequences, schedule.downsample_threshold)
     # Popular items are thinned anew each epoch; drawn ahead, so that the number of steps is known to the schedule.
     epochs = [
-        batches(windows(thin(sequences, keep, rng), history, rng), schedule.batch_items, rng)
+        batches(windows(thin(sequences, keep, rng), history + 1, rng), schedule.batch_items, rng)
         for _ in range(schedule.epochs)
     ]
-    held_out = batches(windows(validation, history), schedule.batch_items)
+    held_out = batches(windows(validation, history + 1), schedule.batch_items)
     total = sum(map(len, epochs))
     parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
     optimiser = torch.optim.AdamW(
@@ -98,7 +99,7 @@ def train(
     state = TrainingState(parameters, optimiser)
     identity = ""
     if resume is not None:
-        everything = {"history": history, "schedule": asdict(schedule), "seed": seed, "network": settings}
+        everything = {"window": history + 1, "schedule": asdict(schedule), "seed": seed, "network": settings}
         identity = fingerprint(network, everything, sequences, validation)
         state.load(resume.path, identity)
     while state.epoch < schedule.epochs and not _stalled(state.losses, schedule.patience):

@@ -11,7 +11,7 @@ from gpl.inspect.text import spelled
 from gpl.inspect.views import Histogram, ItemView, Point, SidView, UserView
 
 _MAP_WIDTH, _MAP_HEIGHT, _MARGIN = 620, 420, 14
-_YEAR_1980_MS = 315_532_800_000
+_YEAR_1980_MS, _YEAR_2100_MS = 315_532_800_000, 4_102_444_800_000
 
 
 def html(view: UserView | ItemView | SidView) -> str:
@@ -71,6 +71,6 @@ def _bars(histogram: Histogram, width: int = 420, height: int = 110) -> dict[str
 
 def _when(ts: int) -> str:
     """Milliseconds since the epoch as a date, as our records have them; any other unit as it is."""
-    if ts < _YEAR_1980_MS:
+    if not _YEAR_1980_MS <= ts < _YEAR_2100_MS:
         return str(ts)
     return datetime.fromtimestamp(ts / 1000, UTC).strftime("%Y-%m-%d %H:%M")

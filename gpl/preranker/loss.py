@@ -234,7 +234,7 @@ def listwise(logits: Tensor, batch: Batch, hidden: Ints, score: Floats, temperat
     standard = np.where(inside, centred / (temperature * np.maximum(spread, _MIN_SPREAD))[:, None], -np.inf)
     target = np.exp(standard - standard.max(axis=1, keepdims=True))
     target /= target.sum(axis=1, keepdims=True)
-    negative_entropy = (target * np.log(np.where(inside, target, 1.0))).sum(axis=1)
+    negative_entropy = (target * np.log(np.where(target > 0, target, 1.0))).sum(axis=1)  # 0 log 0 is 0
     share = weight / weight.sum()
     target_share = torch.from_numpy((target * share[:, None]).astype(np.float32))
     return float((share * negative_entropy).sum()) - (target_share * lists.log_softmax(logits)).sum()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,7 +42,7 @@ class SentenceEncoder:
     """A sentence-transformers model with an embedding cache on disk; vectors have unit length.
 
     The library (seconds to import) and the weights are loaded when the first text misses the cache, so a run
-    over known texts needs neither. Text beyond the model's input length is cut off by its tokenizer.
+    over known texts loads neither. Text beyond the model's input length is cut off by its tokenizer.
 
     Texts of one call are batched by length. A text's vector depends on its neighbours in the batch by float
     rounding only (up to about 1e-6 a component, from padding); with a cache, the first result stays.
@@ -76,7 +77,10 @@ class SentenceEncoder:
 
     @property
     def identity(self) -> str:
-        """As of when this object was made."""
+        """As of when this object was made; weights that are others when they are loaded are refused. A hub model that
+        is not on this machine is fetched for it."""
+        if self._identity == self._name != MINILM:
+            self._load()
         return self._identity
 
     @property
@@ -96,8 +100,8 @@ class SentenceEncoder:
         cannot be read.
         """
         for position, text in enumerate(texts):
-            if not text.strip():
-                raise ValueError(f"texts[{position}]: {text!r} is blank, there is nothing to encode")
+            if why := unreadable(text):
+                raise ValueError(f"texts[{position}]: {text!r} {why}")
         if not texts:
             return np.zeros((0, self.dim), np.float32)
         vectors = self._cached(texts)
@@ -145,6 +149,12 @@ class SentenceEncoder:
         from sentence_transformers import SentenceTransformer
 
         model = SentenceTransformer(_resolve(self._name))
+        now = _identity(self._name)
+        if self._identity == self._name != now:  # a hub model that was not on this machine yet
+            self._identity = now
+            self._cache = None if self._cache is None else EmbeddingCache(self._cache.path.parent, now)
+        if self._identity != now:
+            raise ValueError(f"encoder {self._name!r} was {self._identity}, its files are now {now}")
         probe = model.encode(["dimension"], show_progress_bar=False)
         dim = int(probe.shape[1])
         kept = self._cache.dim() if self._cache is not None else None
@@ -154,6 +164,17 @@ class SentenceEncoder:
                 "delete the cache"
             )
         self._model, self._dim = model, dim
+
+
+def unreadable(text: str) -> str | None:
+    """Why an encoder can make nothing of a text; None when it can."""
+    if not text.strip():
+        return "is blank, there is nothing to encode"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "holds half a surrogate pair, which is no character"
+    return None
 
 
 def _resolve(name: str) -> str:
@@ -167,13 +188,33 @@ def _resolve(name: str) -> str:
 
 
 def _identity(name: str) -> str:
-    """What cache and space know the encoder by: of a local directory also its contents, which may be trained on."""
+    """What cache and space know the encoder by: of a local directory also its contents, which may be trained on, of a
+    hub model the revision that is on this machine."""
     directory = Path(name)
-    if name == MINILM or not directory.is_dir():
+    if name == MINILM:
         return name
+    if not directory.is_dir():
+        revision = _revision(name)
+        return name if revision is None else f"{name}@{revision[:16]}"
     digest = hashlib.sha256()
     for file in sorted(path for path in directory.rglob("*") if path.is_file()):
         digest.update(file.relative_to(directory).as_posix().encode() + b"\0")
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return f"{name}@{digest.hexdigest()[:16]}"
+
+
+def _revision(name: str) -> str | None:
+    """The commit of a hub model that sentence-transformers would load from this machine; None when it has none."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    places = os.environ.get("SENTENCE_TRANSFORMERS_HOME")
+    for repository in (name, f"sentence-transformers/{name}"):
+        try:
+            found = try_to_load_from_cache(repository, "config.json", cache_dir=places)
+        except HFValidationError:  # no name that a hub would have
+            continue
+        if isinstance(found, str):
+            return Path(found).parent.name
+    return None

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpl.catalogue import ItemContent
-from gpl.space.encoder import Encoder
+from gpl.space.encoder import Encoder, unreadable
 
 PRECOMPUTED = "precomputed"
 
@@ -51,8 +51,8 @@ def raw_vectors(
     """
     if encoder is not None:
         for item in items:
-            if not item.text.strip():
-                raise ValueError(f"item {item.item_id!r}: text {item.text!r} is blank, there is nothing to encode")
+            if why := unreadable(item.text):
+                raise ValueError(f"item {item.item_id!r}: text {item.text!r} {why}")
         return encoder.encode([item.text for item in items])
 
     rows = [_embedding(item) for item in items]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from gpl.space.encoder import Encoder
@@ -57,7 +58,9 @@ class Space:
         """Raise ValueError where the weights of ``encoder`` are not those that the space was fitted with, as far as
         the space knows them.
         """
-        if encoder is not None and self.identity is not None and encoder.identity != self.identity:
+        # Behind the "@" stands what the weights are: a directory may have moved, or be named in another way.
+        known = None if self.identity is None else self.identity.rpartition("@")[2]
+        if encoder is not None and known is not None and encoder.identity.rpartition("@")[2] != known:
             raise ValueError(
                 f"encoder {encoder.name!r} is now {encoder.identity}, the space was fitted with {self.identity}: "
                 "vectors of the two do not compare; put its files back, or fit anew"
@@ -93,7 +96,10 @@ class Space:
     def load(cls, directory: Path) -> Space:
         """What ``save`` wrote. Raises FileNotFoundError, or ValueError when the version does not fit the weights."""
         manifest = json.loads((directory / _MANIFEST).read_text())
-        mean = load_file(directory / _WEIGHTS)["mean"]
+        try:
+            mean = load_file(directory / _WEIGHTS)["mean"]
+        except (KeyError, SafetensorError) as error:
+            raise ValueError(f"{directory / _WEIGHTS}: {error}") from error
         identity = manifest.get("identity")  # not there where it is the name, and in what older releases wrote
         version = _version(identity or manifest["encoder"], mean)
         if version != manifest["version"] or mean.shape != (manifest["dim"],):

@@ -111,6 +111,8 @@ def test_generation_moves_with_changes_only():
         (unit(0), [0, 0, 0], r"'x': sid has shape \(3,\)"),
         (unit(0), [0, -1], r"'x': sid \[0, -1\]"),
         (unit(0), [0, 2**40], r"'x': sid \[0, 1099511627776\]"),
+        (unit(0), np.array([0, 2**40]), r"'x': sid .*1099511627776.* no whole number of 32 bits"),
+        (unit(0), [0, 1.7], r"'x': sid \[0, 1\.7\] has a code that is no whole number"),
     ],
 )
 def test_refuses_what_is_not_a_unit_vector_and_a_sid_and_stays_as_it_was(vector, sid, message):

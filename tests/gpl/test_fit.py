@@ -99,6 +99,11 @@ def test_history_goes_by_clicks_and_what_comes_after_it_by_exposures():
     assert report["newest_ts"] == 10
 
 
+def test_times_of_numpy_are_times(tmp_path: Path):
+    past = [event._replace(ts=np.int64(event.ts)) for event in events()]
+    fit(items(), past, None, FitOptions(generator="history"), seed=0).save(tmp_path / "artefacts")
+
+
 def test_too_little_data_falls_back_and_says_so():
     made = fit(items(), events(users=3), None, FAST, seed=0)
     assert made.generator.version.startswith("history-")

@@ -190,8 +190,24 @@ def test_temperature_flattens(cycle_lm: SmallLM):
     (flat,) = cycle_lm.with_decoding(Decoding(temperature=50.0)).generate([history], trie, 5)
     assert plain.logprobs[0] > flat.logprobs[0]
     assert np.ptp(flat.logprobs) < 1 < np.ptp(plain.logprobs)
-    with pytest.raises(ValueError, match="temperature: 0"):
-        Decoding(temperature=0.0)
+    for temperature in (0.0, 1e-40, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"temperature: {temperature}"):
+            Decoding(temperature=temperature)
+    with pytest.raises(ValueError, match="beams: 0"):
+        cycle_lm.generate([], trie, 0)
+
+
+@pytest.mark.parametrize("history", [1, 3])
+def test_what_follows_as_many_items_as_are_read_is_learned(history: int):
+    """Of a cycle each item tells the next, so also one that is all that is read."""
+    schedule = Schedule(epochs=15, batch_items=100, downsample_threshold=1.0)
+    config = SmallLMConfig(dim=32, history=history, schedule=schedule)
+    model = SmallLM.train(cycle_sequences(120, 0), [], LEVELS, SIZE, config, seed=0)
+    trie = SidTrie(CYCLE, SIZE)
+    for at in range(5):
+        past = History(CYCLE[(at + np.arange(history)) % 5], np.eye(history, 8, dtype=np.float32))
+        (beams,) = model.generate([past], trie, 1)
+        assert beams.sids[0].tolist() == CYCLE[(at + history) % 5].tolist() and beams.logprobs[0] > np.log(0.8)
 
 
 class _Killed(Exception):

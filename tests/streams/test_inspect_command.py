@@ -55,6 +55,19 @@ def test_it_prints_and_draws(place: Path, arguments: tuple[str, str]):
     assert page.read_text().startswith("<!doctype html>")
 
 
+def test_it_takes_the_items_that_a_fit_takes(place: Path, tmp_path: Path):
+    lines = (place / "items.jsonl").read_text().splitlines()
+    record = json.loads(lines[3])
+    lines += [
+        json.dumps({**record, "text": "changed"}),
+        json.dumps({**record, "item_id": "zero", "embedding": [0] * 8}),
+    ]
+    (tmp_path / "items.jsonl").write_text("\n".join(lines))
+    (tmp_path / "feedback.jsonl").write_bytes((place / "feedback.jsonl").read_bytes())
+    code, said = inspect(place, "item", "i3", data=tmp_path)
+    assert code == 0 and "2 passed over" in said and "thing 3" in said and "changed" not in said
+
+
 def test_a_click_after_the_time_asked_for_is_left_out(place: Path, tmp_path: Path):
     records = [
         {"event_id": f"e{n}", "user_id": "u1", "item_id": item, "ts": ts, "kind": kind, "request_id": "r"}
