@@ -66,11 +66,12 @@ class KafkaSettings(Section):
     @field_validator("bootstrap_servers")
     @classmethod
     def _addresses(cls, servers: str) -> str:
-        for server in servers.split(","):
-            found = _SERVER.fullmatch(server.strip())
+        stripped = [server.strip() for server in servers.split(",")]
+        for server in stripped:
+            found = _SERVER.fullmatch(server)
             if found is None or not 0 < int(found[1] or 9092) < 2**16:
                 raise ValueError(f"{server!r} is not host[:port]")
-        return ",".join(server.strip() for server in servers.split(","))
+        return ",".join(stripped)
 
     def check_security(self) -> None:
         """For whoever connects: what only looks at files does without secrets and certificates. Raises ConfigError."""
@@ -382,8 +383,9 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        named, default = os.environ.get("GPL_CONFIG"), Path("gpl.toml")
-        document = read(Path(named) if named else default) if named or default.is_file() else {}
+        named = os.environ.get("GPL_CONFIG")
+        path = Path(named or "gpl.toml")
+        document = read(path) if named or path.is_file() else {}
         return (init_settings, env_settings, InitSettingsSource(settings_cls, document))
 
     def fingerprint(self) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from kafka import KafkaAdminClient, TopicPartition
+from kafka import TopicPartition
 from kafka.admin import ConfigResource, ConfigResourceType
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
@@ -25,7 +25,7 @@ from streams.bench.workload import Load, Workload, send
 from streams.broker.process import tail
 from streams.contracts import Recall, encode
 from streams.demo.processes import Part
-from streams.kafka import client_options, consumer, producer
+from streams.kafka import admin, consumer, producer
 from streams.labels.published import CLOSED_AT, REQUEST_ID, REVISION
 from streams.settings import KafkaSettings
 from streams.topics import full_name
@@ -64,11 +64,11 @@ class Bench:
         """Fresh topics under a prefix of the run's own; labels are stamped by the broker as they are appended."""
         kafka = self.kafka.model_copy(update={"prefix": f"bench-{name}.", "group_prefix": f"bench-{name}-"})
         topics.create(kafka)
-        with KafkaAdminClient(**client_options(kafka)) as admin:
+        with admin(kafka, timeout=30) as client:
             resource = ConfigResource(
                 ConfigResourceType.TOPIC, full_name(kafka, "labels"), {"message.timestamp.type": "LogAppendTime"}
             )
-            admin.alter_configs([resource])
+            client.alter_configs([resource])
         return kafka
 
     @contextmanager

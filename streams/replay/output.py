@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 import msgspec
-from kafka import KafkaAdminClient
 from kafka.errors import TopicAlreadyExistsError, for_code
 
 from streams import topics
 from streams.contracts import encode
-from streams.kafka import client_options, consumer, producer
+from streams.kafka import admin, consumer, producer
 from streams.labels import published
 from streams.labels.record import digest
 from streams.replay.log import LogError
@@ -108,12 +107,12 @@ class Topic:
             "replication_factor": kafka.replication_factor,
             "configs": spec.configs(kafka),
         }
-        with KafkaAdminClient(**client_options(kafka)) as admin:
-            answer = admin.create_topics({self.name: wanted}, raise_errors=False)["topics"][0]
+        with admin(kafka, timeout=30) as client:
+            answer = client.create_topics({self.name: wanted}, raise_errors=False)["topics"][0]
             error = for_code(answer["error_code"])
             if answer["error_code"] != 0 and error is not TopicAlreadyExistsError:
                 raise error(f"topic {self.name}: {answer['error_message']}")
-            admin.wait_for_topics([self.name], timeout_ms=30_000)
+            client.wait_for_topics([self.name], timeout_ms=30_000)
         reader = consumer(kafka)
         try:
             from kafka import TopicPartition

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import structlog
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from streams.durable import sha256_hex
 from streams.storage import Storage, open_storage
+from streams.trainer.retention import retained
 
 log = structlog.get_logger()
 
@@ -32,9 +33,6 @@ _MANIFEST = "manifest.json"
 _STATE = "state.json"
 _FIGURES = "progressive.json"
 _TENSORS = ".safetensors"
-_HOUR_MS = 3_600_000
-
-Name = TypeVar("Name")
 
 
 class CheckpointError(ValueError):
@@ -215,31 +213,29 @@ class CheckpointStore:
         # must not crowd out good ones, nor must what a failed save left half-written. It goes in the order of
         # `discard_after`.
         steps = self.steps()
-        sound: list[int] = []
-        hours: dict[int, int] = {}
+        written: dict[int, int | None] = {}
         kept: set[int] = set()
         for step in (step for step in steps if step <= saved):
             try:
-                hours[step] = self._hour(step)
-                sound.append(step)
+                written[step] = self._when(step)
             except OSError as error:  # not damaged, as far as anyone can tell
                 log.warning("checkpoint_unreadable", step=step, path=self._storage.uri(_name(step)), why=str(error))
                 kept.add(step)
             except OtherSoftwareError:
-                sound.append(step)
+                written[step] = None
             except CheckpointError:
-                continue
-        kept.update(sound[-self._keep :], first_of_hours(hours, self._keep_hourly, hours[saved]))
+                pass  # it goes
+        kept |= retained(written, self._keep, self._keep_hourly, self._when(saved))
         for step in steps:
             if step not in kept:
                 self._storage.remove(_name(step), last=_MANIFEST)
                 self._written_at.pop(step, None)
 
-    def _hour(self, step: int) -> int:
-        """Since the epoch, in which a checkpoint was written. Raises CheckpointError and OSError."""
+    def _when(self, step: int) -> int:
+        """A checkpoint was written, wall milliseconds. Raises CheckpointError and OSError."""
         if step not in self._written_at:
             self._written_at[step] = self.manifest(step).written_at
-        return self._written_at[step] // _HOUR_MS
+        return self._written_at[step]
 
     def _other(self, step: int, why: str) -> OtherSoftwareError:
         return OtherSoftwareError(
@@ -252,21 +248,6 @@ class CheckpointStore:
             return self._storage.read(f"{_name(step)}/{file}")
         except (FileNotFoundError, NotADirectoryError) as error:
             raise CheckpointError(f"{file} is missing") from error
-
-
-def first_of_hours(hours: Mapping[Name, int], keep: int, now: int) -> set[Name]:
-    """The first of each hour, of the newest ``keep`` hours that there is anything of; ``hours``: since the epoch, in
-    the order of writing.
-
-    Hours that something was written in, not hours of the clock: one that ran ahead for a moment would end them all.
-    Those after ``now``, of such a moment, count for nothing and stay.
-    """
-    first: dict[int, Name] = {}
-    for name, hour in hours.items():
-        first.setdefault(hour, name)
-    past = sorted(hour for hour in first if hour <= now)
-    recent = past[-keep:] if keep else []
-    return {first[hour] for hour in recent + [hour for hour in first if keep and hour > now]}
 
 
 def _matches_its_checksum(manifest: bytes) -> bool:

@@ -69,9 +69,9 @@ class DedupWindow:
         """What to train of this record, now counted as trained; or why it is not."""
         known = self._requests.get(label.request_id)
         exposed, has_pseudo = tuple(label.items[: label.shown]), len(label.items) > label.shown
-        if known is None and label.revision > 0 and self.forgot:
-            return Known.FORGOTTEN
         if known is None:
+            if label.revision > 0 and self.forgot:
+                return Known.FORGOTTEN
             self._requests[label.request_id] = Trained(label.revision, exposed, has_pseudo)
             if len(self._requests) > self._capacity:
                 del self._requests[next(iter(self._requests))]

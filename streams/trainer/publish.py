@@ -23,14 +23,13 @@ from streams.log_view import LogView
 from streams.settings import KafkaSettings, TrainerSettings
 from streams.topics import full_name
 from streams.trainer import probe
-from streams.trainer.checkpoint import first_of_hours
 from streams.trainer.gate import Feed, Refusal, gate, levels
+from streams.trainer.retention import retained
 
 log = structlog.get_logger()
 
 TOPIC = "model-updates"
 _SEND_TIMEOUT_SECONDS = 60.0
-_HOUR_MS = 3_600_000
 _LOOK_BACK = 100  # requests at least that the gate looks at: a slow flood has few between two attempts
 _LOOK_BACK_EXPOSURES = 500  # exposed items at least that it looks at beside: a request may have one
 
@@ -305,21 +304,19 @@ class Publisher:
 
     def _retain(self, published: str) -> None:
         present = self.store.versions()
-        sound: list[str] = []  # what a failed write left half-written must not crowd them out
-        hours: dict[str, int] = {}
+        own = self._settings
+        written: dict[str, int | None] = {}
         kept = {published}
         for version in reversed(present):
             try:
-                hours[version] = self._hour(version)
-                sound.append(version)
+                written[version] = self._when(version)
             except models.UnreadableError:
                 kept.add(version)  # it may be one of them
             except models.OtherSoftwareError:
-                sound.append(version)
+                written[version] = None
             except models.ModelError:
-                continue
-        kept.update(sound[-self._settings.keep_models :])
-        kept.update(first_of_hours(hours, self._settings.keep_hourly_models, self._hour(published)))
+                pass  # what a failed write left half-written must not crowd good ones out
+        kept |= retained(written, own.keep_models, own.keep_hourly_models, self._when(published))
         for version in present:
             if version not in kept and not self._is_held(version):
                 self.store.remove(version)
@@ -334,11 +331,11 @@ class Publisher:
             return True
         return version in (serving and serving.version, pin and pin.version)
 
-    def _hour(self, version: str) -> int:
-        """Since the epoch, in which a version was published. Raises ModelError."""
+    def _when(self, version: str) -> int:
+        """A version was published, wall milliseconds. Raises ModelError."""
         if version not in self._published_at:
             self._published_at[version] = self.store.manifest(version)[0].published_at
-        return self._published_at[version] // _HOUR_MS
+        return self._published_at[version]
 
 
 def _drift(moved: Mapping[str, float]) -> dict[str, float]:

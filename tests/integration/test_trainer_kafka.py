@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kafka import KafkaAdminClient, TopicPartition
+from kafka import TopicPartition
 from prometheus_client import REGISTRY
 
 from gpl.labels.mixed import MIN_EXPOSURES
@@ -207,7 +207,7 @@ def test_records_that_retention_takes_under_a_trainers_eyes_are_not_skipped_in_s
 
 def expire(kafka: KafkaSettings, partition: int, before: int) -> None:
     """Let go of the labels before an offset, as retention does."""
-    with closing(KafkaAdminClient(**clients.client_options(kafka))) as admin:
+    with clients.admin(kafka, timeout=30) as admin:
         admin.delete_records({TopicPartition(full_name(kafka, "labels"), partition): before})
 
 
