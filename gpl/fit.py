@@ -41,7 +41,7 @@ _KINDS: dict[str, tuple[str, ...]] = {
     "quantiser": (ResidualKMeans.kind, ResidualVAE.kind),
     "calibration": get_args(calibration.Kind),
 }
-_CHOSEN = ("levels", "codebook_size", "epochs")  # where None is a value
+_CHOSEN = ("dim", "levels", "codebook_size", "epochs")  # where None is a value
 
 
 class Event(NamedTuple):
@@ -61,9 +61,10 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class FitOptions:
-    """``levels`` and ``codebook_size`` None: chosen from the catalogue. ``history``: most recent positives that anchors
-    are made from. ``base_model``: of lora-lm, see `load_backbone`. ``history_share``: of a language model's
-    anchors, how many are history clusters instead (`MixedGenerator`). ``epochs`` None: what suits the generator.
+    """``dim``: dimensions of the vectors that the space keeps, None: all. ``levels`` and ``codebook_size`` None: chosen
+    from the catalogue. ``history``: most recent positives that anchors are made from. ``base_model``: of lora-lm, see
+    `load_backbone`. ``history_share``: of a language model's anchors, how many are history clusters instead
+    (`MixedGenerator`). ``epochs`` None: what suits the generator.
     ``calibration``: its form, fitted on the exposures of ``calibration_users`` users, as ``labelling`` scores.
     ``resume``: directory where the training of a language model keeps its state, to go on after an interruption.
     ``device``: of that training, as torch names it; None: the CPU for small-lm, a GPU if there is one for lora-lm.
@@ -73,6 +74,7 @@ class FitOptions:
 
     generator: Literal["small-lm", "lora-lm", "history"] = "small-lm"
     base_model: str = SMOLLM2
+    dim: int | None = None
     quantiser: Literal["rq-kmeans", "rq-vae"] = "rq-kmeans"
     levels: int | None = None
     codebook_size: int | None = None
@@ -93,7 +95,7 @@ class FitOptions:
         for name, known in _KINDS.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: {getattr(self, name)!r}, expected one of {', '.join(known)}")
-        for name in ("levels", "codebook_size", "beams", "history", "epochs", "calibration_users"):
+        for name in ("dim", "levels", "codebook_size", "beams", "history", "epochs", "calibration_users"):
             value = getattr(self, name)
             if value is None and name in _CHOSEN:
                 continue
@@ -127,11 +129,13 @@ def fit(
     warnings: list[str] = []
     row_of = rows_by_id(items)
     raw = raw_vectors(items, encoder)
-    space = Space.fit(PRECOMPUTED, raw) if encoder is None else Space.fit(encoder.name, raw, encoder.identity)
+    name, identity = (PRECOMPUTED, None) if encoder is None else (encoder.name, encoder.identity)
+    space = Space.fit(name, raw, identity, options.dim)
     vectors = space.project(raw, list(row_of))
     quantiser = fit_quantiser(vectors, options, seed)
     sids = quantiser.encode(vectors)
-    say(f"space of {len(items):,} items, codes {quantiser.levels} x {quantiser.codebook_size} by {quantiser.kind}")
+    say(f"space of {len(items):,} items in {space.dim} dimensions")
+    say(f"codes {quantiser.levels} x {quantiser.codebook_size} by {quantiser.kind}")
     known = [event for event in events if event.item_id in row_of]
     positives = _positives(known, row_of)
     generator, losses, unseen = _generator(items, positives, sids, quantiser, options, seed, warnings, say)

@@ -47,6 +47,7 @@ def fit_records(
     generator = settings.generator
     options = FitOptions(
         generator=generator.kind,
+        dim=settings.space.dim,
         base_model=generator.base_model,
         quantiser=settings.codes.kind,
         levels=settings.codes.levels,
@@ -109,7 +110,7 @@ def catalogue_of(items: Iterable[Item], artefacts: Artefacts, space: SpaceSettin
         encoder = SentenceEncoder(fitted.encoder, space.cache, space.batch_size, lambda *_: None)
     fitted.check_encoder(encoder)
     ids = [content.item_id for content in contents]
-    vectors = fitted.project(raw_vectors(contents, encoder, fitted.dim), ids)
+    vectors = fitted.project(raw_vectors(contents, encoder, fitted.raw_dim), ids)
     catalogue = Catalogue(artefacts.space.dim, artefacts.quantiser.levels)
     for content, vector, sid in zip(contents, vectors, artefacts.quantiser.encode(vectors), strict=True):
         catalogue.put(content.item_id, vector, sid)

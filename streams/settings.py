@@ -103,6 +103,11 @@ class SpaceSettings(Section):
         "all-MiniLM-L6-v2",
         description='sentence-transformers name or path, or "precomputed" for vectors that come with the items',
     )
+    dim: int | None = Field(
+        None,
+        ge=1,
+        description="dimensions of the vectors that `gpl fit` keeps (docs/method.md); None: all",
+    )
     cache: Path = Field(Path(".cache/embeddings"), description="raw embeddings by content hash")
     batch_size: int = Field(64, ge=1, description="texts that are embedded at a time")
 

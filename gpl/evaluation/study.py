@@ -40,8 +40,9 @@ from gpl.space import SentenceEncoder
 @dataclass(frozen=True)
 class StudyConfig:
     """``datasets``: as `open_dataset` takes them. ``truth``: in place of the directory's own, if there is but
-    one set. ``cache``: where vectors, anchors and results are kept. ``tuning``: how many of the first seeds settings
-    are chosen with, by the mean; one alone left more to chance than settings differ by (docs/evaluation.md)."""
+    one set. ``dim``: as of `embed`. ``cache``: where vectors, anchors and results are kept. ``tuning``: how many of the
+    first seeds settings are chosen with, by the mean; one alone left more to chance than settings differ by
+    (docs/evaluation.md)."""
 
     datasets: tuple[str | Path, ...]
     methods: tuple[str, ...]
@@ -50,6 +51,7 @@ class StudyConfig:
     tuning: int = 3
     truth: Path | None = None
     encoder: str = "all-MiniLM-L6-v2"
+    dim: int | None = None
     jobs: int = 1
     train: TrainConfig = field(default_factory=TrainConfig)
     upstream: UpstreamConfig = field(default_factory=UpstreamConfig)
@@ -97,7 +99,7 @@ def run(config: StudyConfig, say: Say) -> list[SetResult]:
     for name in config.datasets:  # encoded once, before processes share the work
         dataset = open_dataset(name, config.truth)
         say(dataset.describe())
-        embedded_world(dataset, _encoder(config, say), config.seeds[0], config.upstream)
+        embedded_world(dataset, _encoder(config, say), config.seeds[0], config.upstream, config.dim)
     first = [(name, config.seeds[0]) for name in config.datasets]
     rest = [(name, seed) for name in config.datasets for seed in config.seeds[1:]]
     for tasks in (first, rest):
@@ -156,7 +158,7 @@ class _Work:
     @property
     def bench(self) -> Bench:
         if self._bench is None:
-            world = embedded_world(self.dataset, self._encoder, self.seed, self.config.upstream)
+            world = embedded_world(self.dataset, self._encoder, self.seed, self.config.upstream, self.config.dim)
             self._bench = Bench(world, self.config.cache / "anchors", self.config.train)
         return self._bench
 
@@ -213,7 +215,7 @@ class _Work:
         if method.name == "gpl":
             modules.append("gpl.evaluation.reliability")
         config = self.config
-        parts = (self._fingerprint, self._encoder.identity, repr(config.train), repr(config.upstream))
+        parts = (self._fingerprint, self._encoder.identity, repr(config.dim), repr(config.train), repr(config.upstream))
         return _digest(*parts, code_digest(*sources(*modules)))
 
 
@@ -319,6 +321,7 @@ def settings_of(config: StudyConfig) -> dict[str, Any]:
         "seeds": list(config.seeds),
         "tuning": min(config.tuning, len(config.seeds)),
         "encoder": config.encoder,
+        "dim": config.dim,
         "train": asdict(config.train),
         "upstream": asdict(config.upstream),
     }

@@ -58,7 +58,7 @@ class Inspector:
         self._config, self._beams, self._length = config or labeller.Config(), beams, history
         self._least = min_positives
         artefacts.space.check_encoder(encoder)
-        raw = raw_vectors(self._items, encoder, artefacts.space.dim)
+        raw = raw_vectors(self._items, encoder, artefacts.space.raw_dim)
         self._vectors = artefacts.space.project(raw, list(self._row_of))
         self._sids = artefacts.quantiser.encode(self._vectors)
         self._trie = SidTrie(self._sids, artefacts.quantiser.codebook_size, self._vectors)

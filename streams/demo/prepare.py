@@ -53,7 +53,8 @@ def movielens_directory(root: Path, seed: int, say: Say) -> Path:
 def place_of_fit(root: Path, data: Path, fraction: float, seed: int, settings: Settings) -> Path:
     """Where the fit of these data under these settings is, or would be: named by the hash of all that it depends on."""
     sections = [part.model_dump() for part in (settings.codes, settings.generator, settings.calibration)]
-    parts = [settings.space.encoder, *sections, asdict(labeller_config(settings.labels)), fraction, seed]
+    space = settings.space.model_dump(include={"encoder", "dim"})
+    parts = [space, *sections, asdict(labeller_config(settings.labels)), fraction, seed]
     code = [*sorted(Path(gpl.__file__).parent.rglob("*.py")), Path(__file__).parents[1] / "fitting.py"]
     return root / f"fitted-{_digest(msgspec.json.encode(parts), *_contents(data), *(p.read_bytes() for p in code))}"
 

@@ -56,6 +56,7 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Directory of results.json, plots and the cache.")] = DEFAULT_OUT,
     write: Annotated[Path | None, typer.Option(help="Also write the page of results there, plots beside it.")] = None,
     encoder: Annotated[str, typer.Option(help="Any sentence-transformers model.")] = "all-MiniLM-L6-v2",
+    dim: Annotated[int | None, typer.Option(min=1, help="Dimensions of the vectors to keep; default: all.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Most epochs of a pre-ranker.")] = None,
 ) -> None:
     """Train every method on one biased log and judge it on everything; computed results are kept and reused."""
@@ -80,6 +81,7 @@ def evaluate(
         tuning=tuning,
         truth=truth,
         encoder=encoder,
+        dim=dim,
         jobs=jobs,
     )
     if epochs is not None:

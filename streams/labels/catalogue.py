@@ -149,5 +149,5 @@ class CatalogueRole(BatchRole):
 
     def _vectors(self, items: list[Item]) -> NDArray[np.float32]:
         contents = [ItemContent(item.item_id, item.text, item.embedding) for item in items]
-        raw = raw_vectors(contents, self._encoder, self._artefacts.space.dim)
+        raw = raw_vectors(contents, self._encoder, self._artefacts.space.raw_dim)
         return self._artefacts.space.project(raw, [item.item_id for item in items])

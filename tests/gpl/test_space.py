@@ -53,6 +53,43 @@ def test_projection_is_the_formula_row_by_row_and_of_unit_length(raw):
         np.testing.assert_array_equal(space.project(row[None])[0], vector)
 
 
+@given(st.integers(1, 6), st.integers(0, 2**32 - 1))
+def test_a_reduced_space_keeps_the_directions_that_keep_most_of_the_cosines(dim, seed):
+    rng = np.random.default_rng(seed)
+    raw = (rng.normal(size=(30, 7)) * rng.uniform(0.1, 3.0, 7) + 5.0).astype(np.float32)
+    whole, space = Space.fit("precomputed", raw), Space.fit("precomputed", raw, dim=dim)
+    assert (space.raw_dim, space.dim) == (7, dim)
+    np.testing.assert_allclose(space.basis.T @ space.basis, np.eye(dim), atol=1e-5)
+
+    # As good as the truncated singular value decomposition, which no other projection is better than.
+    cosines = whole.project(raw).astype(np.float64)
+    values = np.linalg.svd(cosines, compute_uv=False)
+    assert np.square(cosines @ space.basis).sum() == pytest.approx(np.square(values[:dim]).sum(), rel=1e-5)
+
+    kept = space.project(raw)
+    assert kept.shape == (30, dim)
+    expected = cosines @ space.basis
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(kept, expected, atol=1e-3)
+    for row, vector in zip(raw, kept, strict=True):
+        np.testing.assert_array_equal(space.project(row[None])[0], vector)
+
+
+def test_all_dimensions_are_no_reduction_and_too_many_are_refused():
+    raw = np.random.default_rng(0).normal(size=(6, 9)).astype(np.float32)
+    assert Space.fit("precomputed", raw, dim=9).version == Space.fit("precomputed", raw).version
+    for dim in (0, 6, 10):
+        with pytest.raises(ValueError, match=f"dim: {dim}, expected less than the 9 of the vectors and the 6 items"):
+            Space.fit("precomputed", raw, dim=dim)
+
+
+def test_an_item_without_a_kept_direction_is_named():
+    space = Space.fit("precomputed", [[4.0, 0.0], [-4.0, 0.0], [3.0, 1.0], [-3.0, -1.0]], dim=1)
+    across = space.mean + np.array([-space.basis[1, 0], space.basis[0, 0]])
+    with pytest.raises(ValueError, match=r"item 'b': .* in the 1 dimensions that are kept, so it has no direction"):
+        space.project([[1.0, 0.0], across], ["a", "b"])
+
+
 def test_an_item_at_the_mean_has_no_direction_and_is_named():
     space = Space.fit("precomputed", [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
     with pytest.raises(ValueError, match=r"raw\[1\] equals the mean"):
@@ -104,6 +141,13 @@ def test_saved_space_is_the_same_and_its_version_tells_encoder_and_mean_apart(tm
     (tmp_path / "other" / "space.safetensors").replace(tmp_path / "space" / "space.safetensors")
     with pytest.raises(ValueError, match=f"version {space.version}"):
         Space.load(tmp_path / "space")
+
+    reduced = Space.fit("an encoder", raw, dim=3)
+    reduced.save(tmp_path / "reduced")
+    loaded = Space.load(tmp_path / "reduced")
+    assert (loaded.dim, loaded.raw_dim, loaded.version) == (3, 5, reduced.version)
+    assert len({space.version, reduced.version, Space.fit("an encoder", raw, dim=2).version}) == 3
+    np.testing.assert_array_equal(loaded.project(raw), reduced.project(raw))
 
 
 def test_an_encoder_whose_files_changed_is_refused_and_older_spaces_load(tmp_path):

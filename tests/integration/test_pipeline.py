@@ -20,7 +20,7 @@ from streams.settings import KafkaSettings
 from streams.topics import full_name
 from tests.integration.pipeline import Process, final_labels, kafka_section, read_all, running, wait_for
 
-DIM, ITEMS, USERS, REQUESTS, CANDIDATES = 24, 240, 60, 2000, 40
+DIM, KEPT, ITEMS, USERS, REQUESTS, CANDIDATES = 24, 20, 240, 60, 2000, 40
 START = 1_700_000_000_000
 STEP = 2_000
 WINDOW = 120
@@ -47,7 +47,7 @@ def artefacts(vectors: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> 
         for u in range(40)
         for t in range(12)
     ]
-    options = FitOptions(generator="history", levels=LEVELS)
+    options = FitOptions(generator="history", levels=LEVELS, dim=KEPT)
     fit_artefacts(items, events, None, options, seed=0).save(directory / "fitted")
     return directory / "fitted"
 
@@ -164,7 +164,8 @@ def check_labels(kafka: KafkaSettings, site: Site, artefacts: Path, vectors: np.
     """Every promise about the final labels of a site's log, from what is on the topics."""
     final, _every = final_labels(kafka)
     space = Artefacts.load(artefacts).space
-    projected = vectors - space.mean
+    assert space.basis is not None and space.dim == KEPT
+    projected = (vectors - space.mean) @ space.basis
     projected /= np.linalg.norm(projected, axis=1, keepdims=True)
     unit = {f"item-{i}": row for i, row in enumerate(projected)}
     by_user: dict[str, list[UserAnchors]] = {}

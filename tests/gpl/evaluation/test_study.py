@@ -56,8 +56,10 @@ def test_what_is_computed_is_kept_and_what_changed_is_computed_anew(config: Stud
     run(replace(config, seeds=(0, 1, 2)), said.append)
     assert sum("seed 2" in line for line in said) == len(QUICK)
     said.clear()
-    run(replace(config, upstream=UpstreamConfig(pages=3, recalled=15)), said.append)
-    assert sum("HR@10" in line for line in said) == len(QUICK) * 2
+    for other in (replace(config, upstream=UpstreamConfig(pages=3, recalled=15)), replace(config, dim=3)):
+        said.clear()
+        run(other, said.append)
+        assert sum("HR@10" in line for line in said) == len(QUICK) * 2
 
 
 def test_processes_compute_what_one_does(config: StudyConfig, tmp_path: Path) -> None:

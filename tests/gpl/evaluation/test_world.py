@@ -184,7 +184,7 @@ def test_vectors_of_any_length_are_centred_as_the_product_does() -> None:
     raw = rng.normal(size=(30, 6)) * 10 ** rng.uniform(-1, 1, size=(30, 1)) + 1.0
     items = [ItemContent(str(n), "", row.tolist()) for n, row in enumerate(raw)]
     small = Truth(np.array([0]), np.array([3]), np.ones(1, dtype=np.float32), every_cell=True)
-    found, centred = embed(Dataset("lengths", items, base.users, small), NoEncoder())  # type: ignore[arg-type]
+    found, centred, _ = embed(Dataset("lengths", items, base.users, small), NoEncoder())  # type: ignore[arg-type]
     wanted = Space.fit("precomputed", raw.astype(np.float32)).project(raw.astype(np.float32))
     assert np.allclose(centred, wanted, atol=1e-6) and np.allclose(np.linalg.norm(found, axis=1), 1.0, atol=1e-5)
 
@@ -212,10 +212,19 @@ def test_items_without_content_are_zero_rows_and_the_others_are_centred() -> Non
     base = planted.full(4)
     texts = ["a", "bb", "  ", "abc"]
     dataset = Dataset("text", [ItemContent(str(n), t) for n, t in enumerate(texts)], base.users, base.truth)
-    raw, vectors = embed(dataset, Letters())  # type: ignore[arg-type]
+    raw, vectors, _ = embed(dataset, Letters())  # type: ignore[arg-type]
     assert not raw[2].any() and not vectors[2].any()
     assert np.linalg.norm(vectors[[0, 1, 3]], axis=1) == pytest.approx(1.0, abs=1e-5)
     assert (raw[[0, 1, 3]] > 0).all() and (vectors < 0).any()
+
+
+def test_fewer_dimensions_change_the_vectors_and_not_the_log() -> None:
+    dataset = planted.full(40)
+    whole, reduced = (embedded_world(dataset, NoEncoder(), 0, CONFIG, dim) for dim in (None, 5))  # type: ignore[arg-type]
+    assert reduced.vectors.shape == (whole.n_items, 5) and whole.vectors.shape == whole.raw.shape
+    assert np.linalg.norm(reduced.vectors, axis=1) == pytest.approx(1.0, abs=1e-5)
+    np.testing.assert_array_equal(whole.log.exposed.values, reduced.log.exposed.values)
+    np.testing.assert_array_equal(whole.raw, reduced.raw)
 
 
 def test_a_world_in_which_nobody_can_be_judged_is_an_error() -> None:
