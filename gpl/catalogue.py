@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from gpl.arrays import RowOf
+from gpl.arrays import HashedRows
 
 UNIT_TOLERANCE = 1e-3
 _INITIAL_ROWS = 1024
@@ -53,7 +53,7 @@ class Catalogue:
         self.dim = dim
         self.levels = levels
         self._generation = 0
-        self._row_of = RowOf(-1)
+        self._row_of = HashedRows()
         self._id_of: list[str | None] = []
         self._free: list[int] = []
         self._vectors = np.zeros((_INITIAL_ROWS, dim), np.float32)

@@ -22,7 +22,7 @@ class IdTable:
     """Ids in rows 1, 2, ...: what a published model knows. It does not change."""
 
     def __init__(self) -> None:
-        self._rows = RowOf(0)
+        self._rows = RowOf()
 
     @classmethod
     def from_list(cls, ids: Iterable[str]) -> IdTable:
@@ -70,7 +70,7 @@ class GrowingIds:
                 raise ValueError(f"{name}: {value}, expected at least 1")
         self._capacity = capacity
         self._ttl = ttl
-        self._rows = RowOf(0)
+        self._rows = RowOf()
         self._ids: list[str | None] = [None]  # by row; None: row 0, and rows that are free
         self._seen = np.zeros(1, np.int64)  # by row, with room to spare
         self._free: list[int] = []
@@ -160,7 +160,7 @@ class GrowingIds:
             raise ValueError(f"seen: {len(seen)} entries for {len(ids)} rows")
         self._ids = [None, *ids]
         self._seen = np.concatenate([np.zeros(1, np.int64), seen.astype(np.int64)])
-        self._rows = RowOf(0, ((i, row) for row, i in enumerate(self._ids) if i is not None))
+        self._rows = RowOf(((i, row) for row, i in enumerate(self._ids) if i is not None))
         self._free = [row for row, i in enumerate(self._ids) if i is None and row]  # ascending: a heap
         if len(self._rows) + len(self._free) != len(ids):
             twice = next(i for row, i in enumerate(self._ids) if i is not None and self._rows[i] != row)

@@ -14,8 +14,8 @@ from streams.frame import Frame
 from streams.settings import LabelSettings
 from streams.views import history_of, labeller_config, prepared_anchors
 
-_BLOCK = 128
-"""Rows at a time: 128 x 384 float32 values stay in a core's second-level cache."""
+_BLOCK_BYTES = 256 << 10
+"""Of rows gathered at a time: they stay in a core's second-level cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +84,13 @@ def _cosines(anchors: Floats, vectors: Floats, rows: Ints) -> Floats:
     Block by block over one small buffer: a copy of all rows is megabytes that the allocator maps and unmaps at each
     call, which cost more than the product itself.
     """
-    n = len(rows)
-    buffer = np.empty((min(_BLOCK, n), vectors.shape[1]), np.float32)
+    n, dim = len(rows), vectors.shape[1]
+    size = max(_BLOCK_BYTES // (4 * dim), 1)
+    buffer = np.empty((min(size, n), dim), np.float32)
     cos: Floats = np.empty((n, anchors.shape[1]), np.float32)
-    for start in range(0, n, _BLOCK):
-        some = rows[start : start + _BLOCK]
+    for start in range(0, n, size):
+        some = rows[start : start + size]
         # mode "clip" fills the buffer directly; the default goes by another copy.
         block = vectors.take(some, axis=0, out=buffer[: len(some)], mode="clip")
-        np.matmul(block, anchors, out=cos[start : start + _BLOCK])
+        np.matmul(block, anchors, out=cos[start : start + size])
     return cos
