@@ -18,7 +18,7 @@ from gpl.anchors.base_models import SMOLLM2
 from gpl.anchors.beam import Decoding
 from gpl.anchors.history import HistoryClusters
 from gpl.anchors.lora_lm import LoraConfig, LoraLM, choose_device
-from gpl.anchors.mixed import MixedGenerator
+from gpl.anchors.near_history import NearHistory, choose_weight
 from gpl.anchors.small_lm import SmallLM, SmallLMConfig
 from gpl.anchors.training import Resume, Schedule
 from gpl.artefacts import Artefacts
@@ -41,6 +41,9 @@ _KINDS: dict[str, tuple[str, ...]] = {
     "quantiser": (ResidualKMeans.kind, ResidualVAE.kind),
     "calibration": get_args(calibration.Kind),
 }
+CANDIDATES = {SmallLM.kind: 10, LoraLM.kind: 2}
+"""SIDs that a language model is asked for, for each anchor near the history. Of a large one more would be most of its
+time."""
 _CHOSEN = ("dim", "levels", "codebook_size", "epochs")  # where None is a value
 
 
@@ -63,8 +66,8 @@ class Event(NamedTuple):
 class FitOptions:
     """``dim``: dimensions of the vectors that the space keeps, None: all. ``levels`` and ``codebook_size`` None: chosen
     from the catalogue. ``history``: most recent positives that anchors are made from. ``base_model``: of lora-lm, see
-    `load_backbone`. ``history_share``: of a language model's anchors, how many are history clusters instead
-    (`MixedGenerator`). ``epochs`` None: what suits the generator.
+    `load_backbone`. ``history_weight``: of nearness to the history in a language model's anchors (`NearHistory`), 0 for
+    none, None: chosen by users that it was not trained on. ``epochs`` None: what suits the generator.
     ``calibration``: its form, fitted on the exposures of ``calibration_users`` users, as ``labelling`` scores.
     ``resume``: directory where the training of a language model keeps its state, to go on after an interruption.
     ``device``: of that training, as torch names it; None: the CPU for small-lm, a GPU if there is one for lora-lm.
@@ -80,7 +83,7 @@ class FitOptions:
     codebook_size: int | None = None
     beams: int = 10
     history: int = 50
-    history_share: float = 0.0
+    history_weight: float | None = None
     epochs: int | None = None
     downsample_threshold: float = 1e-3
     exclude_seen: bool = False
@@ -104,8 +107,8 @@ class FitOptions:
         for name in ("downsample_threshold", "temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: {getattr(self, name)}, must be a positive number")
-        if not 0 <= self.history_share < 1:
-            raise ValueError(f"history_share: {self.history_share}, must be in [0, 1)")
+        if self.history_weight is not None and not 0 <= self.history_weight < math.inf:
+            raise ValueError(f"history_weight: {self.history_weight}, must not be negative")
         if self.device is not None:
             choose_device(self.device)
 
@@ -138,7 +141,7 @@ def fit(
     say(f"codes {quantiser.levels} x {quantiser.codebook_size} by {quantiser.kind}")
     known = [event for event in events if event.item_id in row_of]
     positives = _positives(known, row_of)
-    generator, losses, unseen = _generator(items, positives, sids, quantiser, options, seed, warnings, say)
+    generator, losses, unseen = _generator(items, positives, sids, vectors, quantiser, options, seed, warnings, say)
     # A language model scores the later clicks of users that it was trained on too well.
     judged = {user: positives[user] for user in unseen}
     fitted = _calibration(known, judged, row_of, vectors, sids, generator, quantiser, options, seed, warnings)
@@ -188,6 +191,7 @@ def _generator(
     items: Sequence[ItemContent],
     positives: dict[str, _Positives],
     sids: NDArray[np.int32],
+    vectors: NDArray[np.float32],
     quantiser: Quantiser,
     options: FitOptions,
     seed: int,
@@ -204,7 +208,7 @@ def _generator(
         )
         options = replace(options, generator="history")
     sequences = [sids[positives[user].rows] for user in users]
-    generator, losses, held_out = train_generator(sequences, items, sids, quantiser, options, seed, say)
+    generator, losses, held_out = train_generator(sequences, items, sids, vectors, quantiser, options, seed, say)
     return generator, losses, list(positives) if held_out is None else [users[i] for i in held_out]
 
 
@@ -212,6 +216,7 @@ def train_generator(
     sequences: Sequence[NDArray[np.int32]],
     items: Sequence[ItemContent],
     sids: NDArray[np.int32],
+    vectors: NDArray[np.float32],
     quantiser: Quantiser,
     options: FitOptions,
     seed: int,
@@ -219,12 +224,12 @@ def train_generator(
 ) -> tuple[AnchorGenerator, tuple[float, ...], list[int] | None]:
     """The generator that ``options`` name, on users' SIDs (n, levels), oldest first.
 
-    ``items`` and their ``sids`` (items, levels) tell a pre-trained model what codes are about. Answers the generator,
-    its validation losses, and which sequences decided when to stop (None where nothing was trained).
+    ``items`` and their ``sids`` (items, levels) tell a pre-trained model what codes are about; ``vectors`` (items, dim)
+    where SIDs lie. Answers the generator, its validation losses, and which sequences decided when to stop and how near
+    the history anchors are held (None where nothing was trained).
     """
-    clusters = HistoryClusters(options.history, exclude_seen=options.exclude_seen)
     if options.generator == "history":
-        return clusters, (), None
+        return HistoryClusters(options.history, exclude_seen=options.exclude_seen), (), None
 
     def progress(step: int, total: int, loss: float) -> None:
         if say is not None and (step % 50 == 0 or step == total):
@@ -247,9 +252,18 @@ def train_generator(
         small = SmallLMConfig(options.history, decoding=decoding)
         small = replace(small, schedule=_schedule(small.schedule, options))
         model = SmallLM.train(trained, held_out, *shape, small, seed, options.device or "cpu", progress, resume)
-    generator: AnchorGenerator = model
-    if options.history_share > 0:
-        generator = MixedGenerator(model, clusters, options.history_share)
+    weight, candidates = options.history_weight, CANDIDATES[options.generator]
+    if weight is None:
+        trie = SidTrie(sids, quantiser.codebook_size, vectors)
+        judged = [sequence[-options.history :] for sequence in held_out]
+        choice = choose_weight(model, judged, trie, options.beams, candidates)
+        weight = choice.weight
+        if say is not None:
+            say(
+                f"history weight {weight:g}: what {choice.users:,} users took next is found {choice.near:.3f} near "
+                f"their history, {choice.alone:.3f} by the language model alone"
+            )
+    generator = NearHistory(model, weight, candidates) if weight else model
     return generator, model.validation_losses, order[:held]
 
 

@@ -54,7 +54,7 @@ def fit_records(
         codebook_size=settings.codes.codebook_size,
         beams=generator.beams,
         history=generator.history,
-        history_share=generator.history_share,
+        history_weight=generator.history_weight,
         epochs=generator.epochs,
         downsample_threshold=generator.downsample_threshold,
         exclude_seen=generator.exclude_seen,

@@ -128,8 +128,11 @@ class GeneratorSettings(Section):
     base_model: str = Field("smollm2", description="of lora-lm: smollm2, or any causal LM by directory or hub name")
     beams: int = Field(10, ge=1, le=200, description="anchors a user, K")
     history: int = Field(50, ge=1, description="most recent positives read by the generator")
-    history_share: float = Field(
-        0.0, ge=0, lt=1, description="share of a language model's anchors that are clusters of the history instead"
+    history_weight: float | None = Field(
+        None,
+        ge=0,
+        description="of nearness to the history in a language model's anchors (docs/generators.md); 0: of none, "
+        "None: chosen by `gpl fit`",
     )
     epochs: int | None = Field(None, ge=1, description="most passes over the sequences; None: what suits the kind")
     downsample_threshold: float = Field(

@@ -131,7 +131,7 @@ def load_generator(directory: Path) -> AnchorGenerator:
     # Imported here: implementations import this module, and reading history clusters should not need the LM.
     from gpl.anchors.history import HistoryClusters
     from gpl.anchors.lora_lm import LoraLM
-    from gpl.anchors.mixed import MixedGenerator
+    from gpl.anchors.near_history import NearHistory
     from gpl.anchors.small_lm import SmallLM
 
     path = directory / GENERATOR_FILE
@@ -147,7 +147,7 @@ def load_generator(directory: Path) -> AnchorGenerator:
         return HistoryClusters.load(directory)
     if kind == LoraLM.kind:
         return LoraLM.load(directory)
-    if kind == MixedGenerator.kind:
-        return MixedGenerator.load(directory)
-    known = ", ".join(cls.kind for cls in (SmallLM, LoraLM, HistoryClusters, MixedGenerator))
+    if kind == NearHistory.kind:
+        return NearHistory.load(directory)
+    known = ", ".join(cls.kind for cls in (SmallLM, LoraLM, HistoryClusters, NearHistory))
     raise ValueError(f"{path}: kind {kind!r} is unknown; it must be one of {known}")

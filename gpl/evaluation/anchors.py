@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from gpl.anchors.base import Anchors, Beams, History, anchors_of
 from gpl.anchors.history import HistoryClusters
+from gpl.anchors.near_history import choose_weight, held_near
 from gpl.anchors.small_lm import SmallLM, SmallLMConfig
 from gpl.anchors.training import Schedule
 from gpl.codes.centroids import SidCentroids
@@ -21,9 +22,10 @@ from gpl.codes.quantiser import Quantiser
 from gpl.codes.trie import SidTrie
 from gpl.evaluation.dataset import Floats, Ints
 from gpl.evaluation.world import World
-from gpl.fit import MIN_SEQUENCES, FitOptions, fit_quantiser
+from gpl.fit import CANDIDATES, MIN_SEQUENCES, FitOptions, fit_quantiser
 
 FOLDS = 2
+_CANDIDATES = CANDIDATES[SmallLM.kind]
 HISTORY = 50
 """Most recent positives that anchors are made of."""
 
@@ -38,13 +40,15 @@ class AnchorSpec:
     ``small-lm``: where fewer than ``MIN_SEQUENCES`` users have two positives, ``history`` instead. ``mean``: one
     anchor, the mean of the centred history. ``random``: SIDs drawn from the catalogue. ``shuffled``: every user has the
     anchors of another. ``centred`` False: the space is left as the encoder made it. ``downsample``
-    False: popular items are not thinned when the language model is trained.
+    False: popular items are not thinned when the language model is trained. ``near_history`` False: the language
+    model's anchors are not held near the history.
     """
 
     generator: Generator = "small-lm"
     beams: int = 10
     centred: bool = True
     downsample: bool = True
+    near_history: bool = True
     shuffled: bool = False
 
 
@@ -122,7 +126,8 @@ def make_anchors(world: World, cases: Cases, spec: AnchorSpec, seed: int) -> Anc
     ]
     if spec.generator == "mean":
         return _means(histories, vectors.shape[1], quantiser.levels)
-    trie, centroids = SidTrie(sids[content], quantiser.codebook_size), SidCentroids(sids, vectors)
+    trie = SidTrie(sids[content], quantiser.codebook_size, vectors[content])
+    centroids = SidCentroids(sids, vectors)
     beams = _beams(world, cases, histories, sids, quantiser, trie, spec, seed, rng)
     made = [anchors_of(b, centroids, h) for b, h in zip(beams, histories, strict=True)]
     return _packed(made, spec.beams, vectors.shape[1], quantiser.levels)
@@ -157,19 +162,28 @@ def _beams(
         return beams
     fold_of = rng.permutation(world.n_users) % FOLDS
     for fold in range(FOLDS):
-        model = _language_model(world, sids, quantiser, np.flatnonzero(fold_of != fold), spec, seed)
+        model, weight = _language_model(world, sids, quantiser, trie, np.flatnonzero(fold_of != fold), spec, seed)
         mine = [case for case in asked if fold_of[cases.user[case]] == fold]
-        for case, found in zip(
-            mine, model.generate_batched([histories[case] for case in mine], trie, spec.beams), strict=True
-        ):
+        pasts = [histories[case] for case in mine]
+        made = model.generate_batched(pasts, trie, spec.beams * (_CANDIDATES if weight else 1))
+        if weight:
+            made = held_near(made, pasts, trie, weight, spec.beams)
+        for case, found in zip(mine, made, strict=True):
             beams[case] = found
     return beams
 
 
 def _language_model(
-    world: World, sids: npt.NDArray[np.int32], quantiser: Quantiser, users: Ints, spec: AnchorSpec, seed: int
-) -> SmallLM:
-    """A model trained on what ``users`` liked; one in ten of them decides when to stop."""
+    world: World,
+    sids: npt.NDArray[np.int32],
+    quantiser: Quantiser,
+    trie: SidTrie,
+    users: Ints,
+    spec: AnchorSpec,
+    seed: int,
+) -> tuple[SmallLM, float]:
+    """A model trained on what ``users`` liked, and how near the history its anchors are to be held. One in ten of them
+    decides that, and when to stop."""
     sequences = [sids[world.positives[user]] for user in users]
     sequences = [s[s[:, 0] >= 0] for s in sequences]
     sequences = [s for s in sequences if len(s) >= 2]
@@ -177,14 +191,19 @@ def _language_model(
     order = np.random.default_rng(seed).permutation(len(sequences))
     # A threshold of 1 keeps everything.
     schedule = Schedule() if spec.downsample else Schedule(downsample_threshold=1.0)
-    return SmallLM.train(
+    held_out = [sequences[at] for at in order[:held]]
+    model = SmallLM.train(
         [sequences[at] for at in order[held:]],
-        [sequences[at] for at in order[:held]],
+        held_out,
         quantiser.levels,
         quantiser.codebook_size,
         SmallLMConfig(history=HISTORY, schedule=schedule),
         seed,
     )
+    if not spec.near_history:
+        return model, 0.0
+    judged = [sequence[-HISTORY:] for sequence in held_out]
+    return model, choose_weight(model, judged, trie, spec.beams, _CANDIDATES).weight
 
 
 def _history(items: Ints, sids: npt.NDArray[np.int32], vectors: Floats) -> History:

@@ -55,6 +55,7 @@ class Parts:
     sharpness: Literal["full", "effect", "flat"] = "full"
     centred: bool = True
     downsample: bool = True
+    near_history: bool = True
     shuffled: bool = False
     dispersion: bool = True
     history: bool = True
@@ -66,6 +67,7 @@ class Parts:
             self.generator,
             centred=self.centred,
             downsample=self.downsample or self.generator != "small-lm",
+            near_history=self.near_history or self.generator != "small-lm",
             shuffled=self.shuffled,
         )
 

@@ -233,6 +233,7 @@ METHODS: tuple[Method, ...] = (
     _like("no-confidence", "GPL without confidence", "ablation", **_OFF),
     _like("no-centring", "GPL without centring", "ablation", centred=False),
     _like("no-downsampling", "GPL, small LM, popular not thinned", "ablation", generator="small-lm", downsample=False),
+    _like("lm-alone", "GPL, small LM not held near the history", "ablation", generator="small-lm", near_history=False),
     _like("full-sharp", "GPL, listwise labels as sharp as their anchors' scores", "ablation", sharpness="full"),
     _like("effect-sharp", "GPL, listwise labels as sharp as evidence bears out", "ablation", sharpness="effect"),
     _like("flat-labels", "GPL, labels blind to anchors", "ablation", sharpness="flat"),

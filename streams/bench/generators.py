@@ -99,9 +99,9 @@ def anchors(
         float | None,
         typer.Option(min=0.001, help="Of the kernel, beside the largest cosine; default: labels.kernel_tau."),
     ] = None,
-    share: Annotated[
+    weight: Annotated[
         list[float] | None,
-        typer.Option(min=0.01, max=0.99, help="Judge language models mixed with this much history too; may repeat."),
+        typer.Option(min=0.0, help="Judge language models at this generator.history_weight too; may repeat."),
     ] = None,
     config: ConfigOption = None,
     out: JsonOption = None,
@@ -118,8 +118,7 @@ def anchors(
     import numpy as np
 
     from gpl.anchors.base import AnchorGenerator
-    from gpl.anchors.history import HistoryClusters
-    from gpl.anchors.mixed import MixedGenerator
+    from gpl.anchors.near_history import NearHistory
     from gpl.anchors.quality import (
         Recall,
         Split,
@@ -129,11 +128,9 @@ def anchors(
         recall,
     )
     from gpl.codes.trie import SidTrie
-    from gpl.fit import FitOptions, fit_quantiser, train_generator
+    from gpl.fit import CANDIDATES, FitOptions, fit_quantiser, train_generator
 
     tau = settings.labels.kernel_tau if tau is None else tau
-    # Mixed as `gpl fit` mixes it, and beside that as asked for.
-    shares = dict.fromkeys([settings.generator.history_share, *(share or [])])
     with clear_errors():
         items, sequences, vectors = _data(data, settings)
     split = Split.of(sequences, len(items), held_out)
@@ -157,22 +154,26 @@ def anchors(
                 epochs=settings.generator.epochs,
                 downsample_threshold=settings.generator.downsample_threshold,
                 exclude_seen=settings.generator.exclude_seen,
+                history_weight=settings.generator.history_weight,
+                beams=beams,
                 temperature=settings.generator.temperature,
             )
             quantiser = fit_quantiser(vectors, options, seed)
             sids = quantiser.encode(vectors)
             trie = SidTrie(sids, quantiser.codebook_size, vectors)
-            clusters = HistoryClusters(length, exclude_seen=options.exclude_seen)
             for name in generators:
                 started = time.perf_counter()
                 chosen = replace(options, generator=name)  # type: ignore[arg-type]
                 pasts = [sids[past] for past in split.past if len(past) >= 2]
-                made, _, _ = train_generator(pasts, items, sids, quantiser, chosen, seed)
+                made, _, _ = train_generator(pasts, items, sids, vectors, quantiser, chosen, seed)
                 typer.echo(f"{name}, {quantiser_kind}, seed {seed}: {time.perf_counter() - started:.0f} s")
-                variants: dict[str, AnchorGenerator] = {}
-                for mixed in shares if name != "history" else (0.0,):
-                    label = f"{name} + {mixed:g} history" if mixed else name
-                    variants[label] = MixedGenerator(made, clusters, mixed) if mixed else made
+                # As `gpl fit` leaves it, and beside that as asked for.
+                variants: dict[str, AnchorGenerator] = {name: made}
+                if name != "history":
+                    alone = made.language_model if isinstance(made, NearHistory) else made
+                    for asked in weight or []:
+                        held = NearHistory(alone, asked, CANDIDATES[name]) if asked else alone
+                        variants[f"{name}, history weight {asked:g}"] = held
                 for label, variant in variants.items():
                     for score, width in (("max", None), ("kernel", tau)):
                         scores = anchor_scores(split, variant, sids, vectors, trie, beams, length, width)

@@ -45,25 +45,25 @@ def fitted() -> Artefacts:
 
 def test_everything_fits_together(fitted: Artefacts):
     assert fitted.space.encoder == "precomputed"
-    assert fitted.generator.version.startswith("small-lm-")
+    assert fitted.generator.version.startswith("near-history-")
     assert fitted.report["events_of_unknown_items"] == 1
     assert fitted.report["warnings"] == []
     raw = np.array([item.embedding for item in items()], np.float32)
     vectors = fitted.space.project(raw)
     sids = fitted.quantiser.encode(vectors)
-    trie = SidTrie(sids, fitted.quantiser.codebook_size)
+    trie = SidTrie(sids, fitted.quantiser.codebook_size, vectors)
     (beams,) = fitted.generator.generate([History(sids[:6], vectors[:6])], trie, 5)
     assert len(beams) == 5
 
 
-def test_other_quantisers_and_mixed_anchors_are_fitted_saved_and_loaded(tmp_path: Path):
-    options = FitOptions(quantiser="rq-vae", levels=2, codebook_size=8, epochs=1, history_share=0.3, exclude_seen=True)
+def test_other_quantisers_and_anchors_near_the_history_are_fitted_saved_and_loaded(tmp_path: Path):
+    options = FitOptions(quantiser="rq-vae", levels=2, codebook_size=8, epochs=1, history_weight=3.0, exclude_seen=True)
     made = fit(items(), events(), None, options, seed=0)
     made.save(tmp_path / "a")
     loaded = Artefacts.load(tmp_path / "a")
     assert (loaded.quantiser.kind, loaded.quantiser.levels, loaded.quantiser.codebook_size) == ("rq-vae", 2, 8)
     assert loaded.generator.version == made.generator.version
-    assert loaded.generator.version.startswith("mixed-")
+    assert loaded.generator.version.startswith("near-history-")
     vectors = loaded.space.project(np.array([item.embedding for item in items()], np.float32))
     sids = loaded.quantiser.encode(vectors)
     (beams,) = loaded.generator.generate([History(sids[:6], vectors[:6])], SidTrie(sids, 8, vectors), 6)
@@ -140,8 +140,8 @@ def test_an_item_that_comes_twice_or_lies_at_the_mean_is_named():
         ("calibration_users", 0),
         ("temperature", 0.0),
         ("downsample_threshold", float("nan")),
-        ("history_share", 1.0),
-        ("history_share", -0.1),
+        ("history_weight", float("inf")),
+        ("history_weight", -0.1),
         ("device", "gpu"),
         ("device", "cuda:99"),
     ],

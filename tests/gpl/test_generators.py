@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from gpl.anchors.base import Beams, History, anchors_of, load_generator
 from gpl.anchors.beam import Decoding, beam_search
 from gpl.anchors.history import HistoryClusters
-from gpl.anchors.mixed import MixedGenerator, _mix
+from gpl.anchors.near_history import WEIGHT, NearHistory, choose_weight
 from gpl.anchors.sampling import batches, keep_probabilities, thin, windows
 from gpl.anchors.small_lm import SmallLM, SmallLMConfig
 from gpl.anchors.training import Resume, Schedule, train
@@ -407,42 +408,82 @@ def test_history_clusters_separate_two_interests(tmp_path: Path):
     assert load_generator(tmp_path).version == generator.version
 
 
-def test_mixed_anchors_are_those_of_both_with_their_shares(cycle_lm: SmallLM, tmp_path: Path):
+@pytest.mark.parametrize("weight", [0.5, 8.0])
+def test_anchors_near_the_history_are_the_formula(cycle_lm: SmallLM, tmp_path: Path, weight: float):
     sids, vectors = catalogue(11, n=40)
     trie, history = SidTrie(sids, SIZE, vectors), History(sids[:6], vectors[:6])
-    clusters = HistoryClusters()
-    mixed = MixedGenerator(cycle_lm, clusters, 0.4)
-    (found,) = mixed.generate([history], trie, 5)
-    (own,), (expected,) = clusters.generate([history], trie, 2), cycle_lm.generate([history], trie, 5)
-    remembered = set(map(tuple, own.sids.tolist()))
-    probability: dict[tuple[int, ...], float] = {}
-    for part, share in ((own, 0.4), (expected, 0.6)):
-        for at, (sid, logprob) in enumerate(zip(map(tuple, part.sids.tolist()), part.logprobs, strict=True)):
-            if at < 3 or sid in remembered:
-                probability[sid] = probability.get(sid, 0.0) + share * float(np.exp(logprob))
-    assert {tuple(sid) for sid in found.sids.tolist()} == set(probability)
-    for sid, logprob in zip(map(tuple, found.sids.tolist()), found.logprobs, strict=True):
-        assert abs(np.exp(logprob) - probability[sid]) < 1e-5
-    assert (np.diff(found.logprobs) <= 0).all()
-    (without,) = mixed.generate([History(sids[:0], vectors[:0])], trie, 5)
-    np.testing.assert_array_equal(without.sids, cycle_lm.generate([History(sids[:0], vectors[:0])], trie, 5)[0].sids)
-    assert len(mixed.generate([history], trie, 1)[0]) == 1
-    mixed.save(tmp_path)
+    near = NearHistory(cycle_lm, weight, 3)
+    (found,) = near.generate([history], trie, 5)
+    (wide,) = cycle_lm.generate([history], trie, 15)
+    centroids = SidCentroids(sids, vectors)
+    score = {}
+    for sid, logprob in zip(wide.sids, wide.logprobs, strict=True):
+        closest = max(float(centroids.vectors_of(sid[None])[0] @ item) for item in history.vectors)
+        score[tuple(sid.tolist())] = float(logprob) + weight * closest
+    total = np.logaddexp.reduce(list(score.values()))
+    best = sorted(score, key=lambda sid: (-score[sid], sid))[:5]
+    assert [tuple(sid) for sid in found.sids.tolist()] == best
+    np.testing.assert_allclose(found.logprobs, [score[sid] - total for sid in best], atol=1e-5)
+
+    none = History(sids[:0], vectors[:0])
+    (without,), (alone,) = near.generate([none], trie, 5), cycle_lm.generate([none], trie, 5)
+    np.testing.assert_array_equal(without.sids, alone.sids)
+    near.save(tmp_path)
     loaded = load_generator(tmp_path)
-    assert loaded.version == mixed.version != MixedGenerator(cycle_lm, clusters, 0.5).version
+    others = NearHistory(cycle_lm, 2 * weight, 3), NearHistory(cycle_lm, weight, 4)
+    assert loaded.version == near.version and near.version not in {other.version for other in others}
     np.testing.assert_array_equal(loaded.generate([history], trie, 5)[0].sids, found.sids)
-    with pytest.raises(ValueError, match=r"share: 1\.0"):
-        MixedGenerator(cycle_lm, clusters, 1.0)
 
 
-def test_mixing_finds_what_both_name_and_keeps_the_improbable_finite():
-    own = Beams(np.array([[2, 2], [3, 3]], np.int32), np.log(np.array([0.5, 0.5], np.float32)))
-    expected = Beams(np.array([[0, 0], [1, 1], [2, 2]], np.int32), np.log(np.array([0.4, 0.31, 0.29], np.float32)))
-    mixed = _mix(expected, own, 0.5, 3)
-    assert mixed.sids.tolist() == [[2, 2], [3, 3], [0, 0]]
-    np.testing.assert_allclose(np.exp(mixed.logprobs), [0.395, 0.25, 0.2], atol=1e-6)
-    far = Beams(np.array([[0, 0], [1, 1]], np.int32), np.array([-0.1, -800.0], np.float32))
-    assert np.isfinite(_mix(far, own, 0.3, 10).logprobs).all()
+def test_what_keeps_no_anchors_near_the_history_is_refused(cycle_lm: SmallLM):
+    for weight in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"weight: {weight}"):
+            NearHistory(cycle_lm, weight, 3)
+    with pytest.raises(ValueError, match="candidates: 0"):
+        NearHistory(cycle_lm, 1.0, 0)
+    sids, vectors = catalogue(11, n=40)
+    with pytest.raises(ValueError, match="without vectors"):
+        NearHistory(cycle_lm, 1.0, 3).generate([History(sids[:6], vectors[:6])], SidTrie(sids, SIZE), 5)
+
+
+class Expecting:
+    """A generator that names the same SIDs for everybody, each a little less probable than the one before."""
+
+    version = "expecting"
+
+    def __init__(self, sids: np.ndarray) -> None:
+        self.sids = sids
+
+    def generate(self, histories, trie, beams):
+        found = self.sids[:beams]
+        return [Beams(found, -0.02 * np.arange(1.0, len(found) + 1, dtype=np.float32)) for _ in histories]
+
+    def save(self, directory: Path) -> None:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("near", [True, False])
+def test_the_weight_is_the_one_that_finds_what_is_taken_next(near: bool):
+    """Items of 12 groups. A user goes on within a group, or, where the history tells nothing, takes what the model
+    names first, whatever the user had before."""
+    rng = np.random.default_rng(5)
+    groups = np.arange(120) % 12
+    centres = rng.normal(size=(12, DIM))
+    vectors = (centres[groups] + 0.1 * rng.normal(size=(120, DIM))).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    sids = np.array([[n // 36, n % 36 // 6, n % 6] for n in range(120)], np.int32)
+    trie = SidTrie(sids, 6, vectors)
+    sequences = []
+    for user in range(40):
+        mine = np.flatnonzero(groups == user % 11 + 1)
+        past = rng.choice(mine, 8, replace=False)
+        sequences.append(sids[past if near else np.append(past[:6], rng.choice(np.flatnonzero(groups == 0), 2, False))])
+    first = np.concatenate([np.flatnonzero(groups == 0), rng.permutation(np.flatnonzero(groups > 0))])
+    choice = choose_weight(Expecting(sids[first]), sequences, trie, 5, 24)
+    assert choice.weight == (WEIGHT if near else 0.0) and choice.users == 40
+    assert (choice.near > choice.alone) == near and max(choice.near, choice.alone) > 0.3
+    nobody = choose_weight(Expecting(sids[first]), [s[:1] for s in sequences], trie, 5, 24)
+    assert nobody == (WEIGHT, 0, 0.0, 0.0)
 
 
 def test_anchors_are_the_means_of_the_items_that_carry_a_sid():
