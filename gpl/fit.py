@@ -23,7 +23,6 @@ from gpl.anchors.small_lm import SmallLM, SmallLMConfig
 from gpl.anchors.training import Resume, Schedule
 from gpl.artefacts import Artefacts
 from gpl.catalogue import ItemContent, rows_by_id
-from gpl.codes.centroids import SidCentroids
 from gpl.codes.quantiser import Quantiser, suggest_codebook_size, suggest_levels
 from gpl.codes.rq_kmeans import ResidualKMeans
 from gpl.codes.rq_vae import ResidualVAE
@@ -289,7 +288,7 @@ def _calibration(
     if len(enough) > options.calibration_users:
         chosen = np.random.default_rng(seed).choice(len(enough), options.calibration_users, replace=False)
         enough = [enough[i] for i in sorted(chosen)]
-    trie, centroids = SidTrie(sids, quantiser.codebook_size, vectors), SidCentroids(sids, vectors)
+    trie = SidTrie(sids, quantiser.codebook_size, vectors)
     cut: dict[str, int] = {}
     histories: list[History] = []
     for user in enough:
@@ -298,7 +297,7 @@ def _calibration(
         past = rows[: bisect.bisect_right(times, cut[user])][-options.history :]
         histories.append(History(sids[past], vectors[past]))
     anchors = {
-        user: anchors_of(beams, centroids, history)
+        user: anchors_of(beams, trie.centroids, history)
         for user, beams, history in zip(
             enough, generator.generate(histories, trie, options.beams), histories, strict=True
         )

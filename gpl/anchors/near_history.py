@@ -95,9 +95,8 @@ def held_near(
 
     Raises ValueError when the trie was built without vectors.
     """
-    _, places = trie.places()
     return [
-        _held(found, _nearest(found, history, trie, places), weight, beams)
+        _held(found, _nearest(found, history, trie), weight, beams)
         for found, history in zip(wide, histories, strict=True)
     ]
 
@@ -147,11 +146,11 @@ def choose_weight(
     return Choice(0.0 if alone else WEIGHT, len(pasts), float(gains[0].mean()), float(gains[1].mean()))
 
 
-def _nearest(found: Beams, history: History, trie: SidTrie, places: NDArray[np.float32]) -> NDArray[np.float64]:
+def _nearest(found: Beams, history: History, trie: SidTrie) -> NDArray[np.float64]:
     """Largest cosine (K,) of each SID with an item of the history; 0 without one."""
     if not len(history) or not len(found):
         return np.zeros(len(found))
-    cosines = places[trie.rows(found.sids)] @ history.vectors.T
+    cosines = trie.directions(found.sids) @ history.vectors.T
     return np.asarray(cosines.max(axis=1), np.float64)
 
 

@@ -55,7 +55,10 @@ class SidTrie:
         self.nodes = nodes
         """Node ids are 0 to ``nodes`` - 1; children come after their parents."""
         self._codes, self._vectors = codes, vectors
-        self._places: tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]] | None = None
+        self._centroids: SidCentroids | None = None
+        self._sids: npt.NDArray[np.int32] | None = None
+        self._directions: npt.NDArray[np.float32] | None = None  # by row of `places`, those of which were asked for
+        self._known: npt.NDArray[np.bool_] = np.zeros(self._size + 1, bool)  # row -1 is not
         parent = np.concatenate(edge_parents)
         degree = np.bincount(parent, minlength=nodes)
         self._parent = torch.from_numpy(np.append(self.root, parent))  # the root is its own
@@ -120,17 +123,38 @@ class SidTrie:
         closed[closing] = True
         return closed
 
+    @property
+    def centroids(self) -> SidCentroids:
+        """Of the items that the trie was built of. Raises ValueError when it was built without vectors."""
+        if self._vectors is None:
+            raise ValueError("trie: built without vectors, so it cannot tell where a SID lies")
+        if self._centroids is None:
+            self._centroids = SidCentroids(self._codes, self._vectors)
+        return self._centroids
+
+    def directions(self, sids: npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
+        """The mean direction (n, dim) of the items that carry each SID (n, levels) of the trie.
+
+        Kept once it was asked for: users' likely SIDs are much the same, and a catalogue's are many. Raises KeyError
+        for a SID that no item carries, ValueError when the trie was built without vectors.
+        """
+        centroids, rows = self.centroids, self.rows(sids)
+        if self._directions is None:
+            self._directions = np.empty((self._size, centroids.dim), np.float32)
+        new = np.flatnonzero((rows < 0) | ~self._known[rows])
+        if len(new):
+            self._directions[rows[new]] = centroids.vectors_of(sids[new])
+            self._known[rows[new]] = True
+        return self._directions[rows]
+
     def places(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """Every SID (m, levels), ascending, and the mean direction (m, dim) of the items that carry it.
 
         Raises ValueError when the trie was built without vectors.
         """
-        if self._vectors is None:
-            raise ValueError("trie: built without vectors, so it cannot tell where a SID lies")
-        if self._places is None:
-            sids = np.unique(self._codes, axis=0).astype(np.int32)
-            self._places = sids, SidCentroids(self._codes, self._vectors).vectors_of(sids)
-        return self._places
+        if self._sids is None:
+            self._sids = np.unique(self._codes, axis=0).astype(np.int32)
+        return self._sids, self.directions(self._sids)
 
     def rows(self, sids: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
         """Row (n,) in `places` of SIDs (n, levels), -1 where no item carries one."""

@@ -17,7 +17,6 @@ from gpl.anchors.history import HistoryClusters
 from gpl.anchors.near_history import choose_weight, held_near
 from gpl.anchors.small_lm import SmallLM, SmallLMConfig
 from gpl.anchors.training import Schedule
-from gpl.codes.centroids import SidCentroids
 from gpl.codes.quantiser import Quantiser
 from gpl.codes.trie import SidTrie
 from gpl.evaluation.dataset import Floats, Ints
@@ -127,9 +126,8 @@ def make_anchors(world: World, cases: Cases, spec: AnchorSpec, seed: int) -> Anc
     if spec.generator == "mean":
         return _means(histories, vectors.shape[1], quantiser.levels)
     trie = SidTrie(sids[content], quantiser.codebook_size, vectors[content])
-    centroids = SidCentroids(sids, vectors)
     beams = _beams(world, cases, histories, sids, quantiser, trie, spec, seed, rng)
-    made = [anchors_of(b, centroids, h) for b, h in zip(beams, histories, strict=True)]
+    made = [anchors_of(b, trie.centroids, h) for b, h in zip(beams, histories, strict=True)]
     return _packed(made, spec.beams, vectors.shape[1], quantiser.levels)
 
 

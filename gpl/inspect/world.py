@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from gpl.anchors.base import Anchors, History, anchors_of
 from gpl.artefacts import Artefacts
 from gpl.catalogue import ItemContent, rows_by_id
-from gpl.codes.centroids import SidCentroids
 from gpl.codes.trie import SidTrie
 from gpl.fit import Event
 from gpl.inspect.views import (
@@ -62,7 +61,6 @@ class Inspector:
         self._vectors = artefacts.space.project(raw, list(self._row_of))
         self._sids = artefacts.quantiser.encode(self._vectors)
         self._trie = SidTrie(self._sids, artefacts.quantiser.codebook_size, self._vectors)
-        self._centroids = SidCentroids(self._sids, self._vectors)
         self._positives: dict[str, list[Event]] = {}
         for event in sorted((e for e in events if e.clicked), key=lambda e: (e.known_ts, e.item_id)):
             self._positives.setdefault(event.user_id, []).append(event)
@@ -188,7 +186,7 @@ class Inspector:
         found: list[Anchors | None] = [None] * len(histories)
         for at, beam in zip(asked, beams, strict=True):
             if len(beam):
-                found[at] = anchors_of(beam, self._centroids, histories[at])
+                found[at] = anchors_of(beam, self._trie.centroids, histories[at])
         return found
 
     def _label(self, anchors: Anchors, rows: NDArray[np.int64] | None = None) -> labeller.Labelled:

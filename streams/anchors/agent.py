@@ -18,7 +18,6 @@ import structlog
 
 from gpl.anchors.base import AnchorGenerator, Anchors, History, anchors_of
 from gpl.catalogue import Catalogue
-from gpl.codes.centroids import SidCentroids
 from gpl.codes.trie import SidTrie
 from streams import metrics
 from streams.anchors.budget import Budget, CircuitBreaker
@@ -80,7 +79,7 @@ class AnchorsRole(Role[Partition]):
         self._codebook_size = codebook_size
         self._versions = versions
         self._catalogue_ready = catalogue_ready
-        self._codes: tuple[int, SidTrie, SidCentroids] | None = None
+        self._codes: tuple[int, SidTrie] | None = None
         limits = settings.anchors
         self._waiting = WaitingRequests()
         self._budget = Budget(limits.refreshes_per_minute, limits.batch_size)
@@ -175,7 +174,7 @@ class AnchorsRole(Role[Partition]):
             self._budget.spend(wanted)
             started = time.monotonic()
             try:
-                call = asyncio.to_thread(self._generate, histories, *self._trie_and_centroids())
+                call = asyncio.to_thread(self._generate, histories, self._trie())
                 limit = STUCK * self.settings.anchors.slow_wall_seconds
                 answers = await awaited(call, lambda: self.health.beat("generator"), limit)
             except Exception as error:  # whatever a model raises: it may pass, and others are waiting
@@ -219,23 +218,19 @@ class AnchorsRole(Role[Partition]):
                 return
         self._waiting.put_back(batch)
 
-    def _trie_and_centroids(self) -> tuple[SidTrie, SidCentroids]:
+    def _trie(self) -> SidTrie:
         """Of the catalogue as it is now."""
         if self._codes is None or self._codes[0] != self._catalogue.generation:
             rows = self._catalogue.rows(self._catalogue.ids())
             sids, vectors = self._catalogue.sids[rows], self._catalogue.vectors[rows]
-            self._codes = (
-                self._catalogue.generation,
-                SidTrie(sids, self._codebook_size, vectors),
-                SidCentroids(sids, vectors),
-            )
-        return self._codes[1], self._codes[2]
+            self._codes = self._catalogue.generation, SidTrie(sids, self._codebook_size, vectors)
+        return self._codes[1]
 
-    def _generate(self, histories: list[History], trie: SidTrie, centroids: SidCentroids) -> list[Anchors | None]:
+    def _generate(self, histories: list[History], trie: SidTrie) -> list[Anchors | None]:
         """Anchors of each history; None for an empty one."""
         given = [history for history in histories if len(history)]
         beams = iter(self._generator.generate(given, trie, self.settings.generator.beams))
-        return [anchors_of(next(beams), centroids, history) if len(history) else None for history in histories]
+        return [anchors_of(next(beams), trie.centroids, history) if len(history) else None for history in histories]
 
 
 async def awaited(call: Awaitable[T], beat: Callable[[], None], limit: float) -> T:

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from gpl.anchors.base import Anchors, History, anchors_of
 from gpl.artefacts import Artefacts
 from gpl.catalogue import Catalogue
-from gpl.codes.centroids import SidCentroids
 from gpl.codes.trie import SidTrie
 from streams.anchors.record import anchors_record
 from streams.contracts import AnchorRequest, Calibration, Feedback, Label, Recall, UserAnchors, calibration_record
@@ -60,7 +59,6 @@ class Pipeline:
         rows = catalogue.rows(catalogue.ids())
         sids, vectors = catalogue.sids[rows], catalogue.vectors[rows]
         self._trie = SidTrie(sids, artefacts.quantiser.codebook_size, vectors)
-        self._centroids = SidCentroids(sids, vectors)
         self._calibration: Calibration = calibration_record(artefacts.calibration.to_dict())
         self._versions = (artefacts.generator.version, artefacts.quantiser.version, artefacts.space.version)
         self._label_versions = Versions(artefacts.space.version, artefacts.quantiser.version, settings.fingerprint())
@@ -137,7 +135,7 @@ class Pipeline:
         if used:
             history = History(self._catalogue.sids[self._catalogue.rows(used)], vectors)
             beams = self._generator.generate([history], self._trie, self._settings.generator.beams)[0]
-            anchors = anchors_of(beams, self._centroids, history)
+            anchors = anchors_of(beams, self._trie.centroids, history)
         record = anchors_record(request, used, anchors, self._versions)
         dim = self._catalogue.dim
         prepared = anchor_set(record, self._label_versions.space, dim, self._catalogue.levels, self._config)

@@ -124,9 +124,15 @@ def test_leaves_are_found_and_placed_at_the_mean_of_their_items(case):
     for sid, place in zip(every.tolist(), places, strict=True):
         mean = vectors[[other == tuple(sid) for other in sids]].sum(axis=0)
         np.testing.assert_allclose(place, mean / np.linalg.norm(mean), atol=1e-4)
+    few = np.random.default_rng(1).permutation(len(every))[: len(every) // 2]
+    again = SidTrie(codes, SIZE, vectors)
+    for wanted in (few, few[::-1], np.arange(len(every))):  # asked for in parts, and more than once
+        np.testing.assert_array_equal(again.directions(every[wanted]), places[wanted])
     strange = np.full((2, levels), SIZE + 3)
     strange[1] = -1
     assert trie.leaves(strange).tolist() == [-1, -1]
+    with pytest.raises(KeyError, match="no item of the catalogue carries it"):
+        again.directions(strange)
 
 
 def test_a_trie_without_vectors_cannot_place():
