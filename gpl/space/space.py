@@ -69,7 +69,7 @@ class Space:
         if dim is not None and dim != rows.shape[1]:
             if not 1 <= dim < min(rows.shape):
                 raise ValueError(
-                    f"dim: {dim}, expected less than the {rows.shape[1]} of the vectors and the {len(rows)} items"
+                    f"dim: {dim}, expected at most {rows.shape[1]} (the vectors') and below {len(rows)} (items)"
                 )
             centred = rows - mean
             length = np.linalg.norm(centred, axis=1, keepdims=True)

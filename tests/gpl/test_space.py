@@ -79,7 +79,7 @@ def test_all_dimensions_are_no_reduction_and_too_many_are_refused():
     raw = np.random.default_rng(0).normal(size=(6, 9)).astype(np.float32)
     assert Space.fit("precomputed", raw, dim=9).version == Space.fit("precomputed", raw).version
     for dim in (0, 6, 10):
-        with pytest.raises(ValueError, match=f"dim: {dim}, expected less than the 9 of the vectors and the 6 items"):
+        with pytest.raises(ValueError, match=rf"dim: {dim}, expected at most 9 \(the vectors'\) and below 6 \(items\)"):
             Space.fit("precomputed", raw, dim=dim)
 
 
