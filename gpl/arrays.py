@@ -56,6 +56,11 @@ class HashedRows(UserDict[str, int]):
         del self.data[id_]
         self._table[self._slot(hash(id_)), 1] = _ABSENT
 
+    def __copy__(self) -> HashedRows:
+        made = HashedRows()
+        made.update(self.data)
+        return made
+
     def of(self, ids: Sequence[str]) -> npt.NDArray[np.int64]:
         """Rows (n,) of ids, -1 where there is none."""
         if self._shared:
@@ -89,15 +94,15 @@ class HashedRows(UserDict[str, int]):
         entries = np.empty((len(self.data), 2), np.int64)
         entries[:, 0] = np.fromiter(map(hash, self.data), np.int64, len(entries))
         entries[:, 1] = np.fromiter(self.data.values(), np.int64, len(entries))
-        slots = entries[:, 0] & (size - 1)
-        while len(entries):
-            # Of those that want the same free slot one has it, the others go on to the next.
-            wanted, first = np.unique(slots, return_index=True)
-            first = first[self._table[wanted, 1] == _EMPTY]
-            self._table[slots[first]] = entries[first]
-            left = np.ones(len(slots), bool)
-            left[first] = False
-            entries, slots = entries[left], (slots[left] + 1) & (size - 1)
+        wanted = entries[:, 0] & (size - 1)
+        order = np.argsort(wanted)
+        # One after the other in this order, each has the slot that it wants, or the one after its predecessor's.
+        at = np.arange(len(entries))
+        slots = at + np.maximum.accumulate(wanted[order] - at)
+        within = slots < size
+        self._table[slots[within]] = entries[order[within]]
+        for entry in entries[order[~within]]:  # beyond the end it goes on at the beginning
+            self._table[self._slot(int(entry[0]))] = entry
 
 
 def _empty_table(size: int) -> npt.NDArray[np.int64]:

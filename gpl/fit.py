@@ -107,7 +107,7 @@ class FitOptions:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: {getattr(self, name)}, must be a positive number")
         if self.history_weight is not None and not 0 <= self.history_weight < math.inf:
-            raise ValueError(f"history_weight: {self.history_weight}, must not be negative")
+            raise ValueError(f"history_weight: {self.history_weight}, must be finite and not negative")
         if self.device is not None:
             choose_device(self.device)
 
@@ -258,10 +258,9 @@ def train_generator(
         choice = choose_weight(model, judged, trie, options.beams, candidates)
         weight = choice.weight
         if say is not None:
-            say(
-                f"history weight {weight:g}: what {choice.users:,} users took next is found {choice.near:.3f} near "
-                f"their history, {choice.alone:.3f} by the language model alone"
-            )
+            judged_by = f"what {choice.users:,} users took next is found {choice.near:.3f} near their history"
+            judged_by += f", {choice.alone:.3f} by the language model alone"
+            say(f"history weight {weight:g}: {judged_by if choice.users else 'the default, nobody can be judged'}")
     generator = NearHistory(model, weight, candidates) if weight else model
     return generator, model.validation_losses, order[:held]
 

@@ -59,7 +59,8 @@ class Beams:
     """What a generator expects next: at most as many SIDs as were asked for, best first.
 
     ``sids``: (K, levels) int32, distinct. ``logprobs``: (K,) float32, natural log of the whole SID's
-    probability, descending; equal ones in ascending order of SID.
+    probability by the generator (near the history: among the SIDs that were candidates), descending; equal ones in
+    ascending order of SID.
     """
 
     sids: IntArray

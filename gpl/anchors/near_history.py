@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -26,6 +25,8 @@ from gpl.codes.trie import SidTrie
 
 WEIGHT = 10.0
 """In nats a unit of cosine. On two shops 5 to 20 were about as good."""
+FEWEST = 20
+"""Users below which their purchases are not asked whether the language model is better off alone."""
 _LANGUAGE_MODEL = "language-model"
 _JUDGED = 300
 """Users that a weight is chosen by, at most."""
@@ -36,8 +37,8 @@ _FUTURE = 0.2
 class NearHistory:
     """Of the SIDs that a language model finds most probable, those that are probable and near the history.
 
-    Probabilities are renormalised over the SIDs that the language model was asked for. A user without history has the
-    language model's anchors.
+    Probabilities are renormalised over the SIDs that the language model was asked for, ``candidates`` times as many as
+    anchors. A user without history has the best of them as they are.
     """
 
     kind: ClassVar[str] = "near-history"
@@ -49,7 +50,8 @@ class NearHistory:
             raise ValueError(f"weight: {weight}, must be positive")
         if candidates < 1:
             raise ValueError(f"candidates: {candidates}, must be at least 1")
-        self.language_model, self.weight, self.candidates = language_model, weight, candidates
+        # As `load` has them: 10 and 10.0 are one version.
+        self.language_model, self.weight, self.candidates = language_model, float(weight), int(candidates)
 
     @property
     def version(self) -> str:
@@ -59,6 +61,8 @@ class NearHistory:
 
     def generate(self, histories: Sequence[History], trie: SidTrie, beams: int) -> list[Beams]:
         """One `Beams` a history, in order; see `AnchorGenerator`. Needs a trie with vectors."""
+        if beams < 1:
+            raise ValueError(f"beams: {beams}, must be at least 1")
         wide = self.language_model.generate(histories, trie, beams * self.candidates)
         return held_near(wide, histories, trie, self.weight, beams)
 
@@ -115,6 +119,8 @@ def choose_weight(
 ) -> Choice:
     """`WEIGHT`, or 0 where the language model alone finds more of what users take next, by over a standard error.
 
+    `WEIGHT` too where fewer than `FEWEST` users can be judged.
+
     ``sequences``: SIDs (n, levels), oldest first, of users that the model was not trained on. Their last fifth is to be
     found among all SIDs but those before it, ranked by the cosine with the nearest anchor: the mean over users of the
     mean of 1 / log2(1 + rank), the best rank being 1.
@@ -130,35 +136,36 @@ def choose_weight(
             pasts.append(rows[:cut])
             futures.append(future)
     if not pasts:
-        return Choice(WEIGHT, 0, 0.0, 0.0)
+        return Choice(WEIGHT, 0, math.nan, math.nan)
     histories = [History(sids[past], places[past]) for past in pasts]
     wide = language_model.generate(histories, trie, beams * candidates)
     gains = np.empty((2, len(pasts)))
     for at, weight in enumerate((0.0, WEIGHT)):
         for user, found in enumerate(held_near(wide, histories, trie, weight, beams)):
-            scores = (places @ places[trie.rows(found.sids)].T).max(axis=1)
+            scores = (places @ trie.directions(found.sids).T).max(axis=1, initial=-1.0)
             scores[pasts[user]] = -np.inf
             rank = np.empty(len(scores), np.int64)
             rank[np.argsort(-scores, kind="stable")] = np.arange(1, len(scores) + 1)
             gains[at, user] = (1.0 / np.log2(1.0 + rank[futures[user]])).mean()
     more = gains[0] - gains[1]
-    alone = more.mean() > more.std() / len(more) ** 0.5
+    alone = len(more) >= FEWEST and more.mean() > more.std(ddof=1) / len(more) ** 0.5
     return Choice(0.0 if alone else WEIGHT, len(pasts), float(gains[0].mean()), float(gains[1].mean()))
 
 
-def _nearest(found: Beams, history: History, trie: SidTrie) -> NDArray[np.float64]:
-    """Largest cosine (K,) of each SID with an item of the history; 0 without one."""
+def _nearest(found: Beams, history: History, trie: SidTrie) -> NDArray[np.float64] | None:
+    """Largest cosine (K,) of each SID with an item of the history; None without one."""
     if not len(history) or not len(found):
-        return np.zeros(len(found))
+        return None
     cosines = trie.directions(found.sids) @ history.vectors.T
     return np.asarray(cosines.max(axis=1), np.float64)
 
 
-def _held(found: Beams, near: NDArray[np.float64], weight: float, beams: int) -> Beams:
-    if not len(found):
-        return found
+def _held(found: Beams, near: NDArray[np.float64] | None, weight: float, beams: int) -> Beams:
+    if near is None:
+        return Beams(found.sids[:beams], found.logprobs[:beams])
     scores = found.logprobs.astype(np.float64) + weight * near
     scores -= scores.max()
     scores -= math.log(np.exp(scores).sum())
-    best = np.lexsort((*found.sids.T[::-1], -scores))[:beams]
-    return replace(found, sids=found.sids[best], logprobs=scores[best].clip(max=0.0).astype(np.float32))
+    logprobs = scores.clip(max=0.0).astype(np.float32)
+    best = np.lexsort((*found.sids.T[::-1], -logprobs))[:beams]
+    return Beams(found.sids[best], logprobs[best])

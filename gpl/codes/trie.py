@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -54,11 +56,7 @@ class SidTrie:
         self._leaves_from = nodes - self._size
         self.nodes = nodes
         """Node ids are 0 to ``nodes`` - 1; children come after their parents."""
-        self._codes, self._vectors = codes, vectors
-        self._centroids: SidCentroids | None = None
-        self._sids: npt.NDArray[np.int32] | None = None
-        self._directions: npt.NDArray[np.float32] | None = None  # by row of `places`, those of which were asked for
-        self._known: npt.NDArray[np.bool_] = np.zeros(self._size + 1, bool)  # row -1 is not
+        self._places = None if vectors is None else _Places(codes, vectors, self._size)
         parent = np.concatenate(edge_parents)
         degree = np.bincount(parent, minlength=nodes)
         self._parent = torch.from_numpy(np.append(self.root, parent))  # the root is its own
@@ -124,13 +122,15 @@ class SidTrie:
         return closed
 
     @property
+    def _placed(self) -> _Places:
+        if self._places is None:
+            raise ValueError("trie: built without vectors, so it cannot tell where a SID lies")
+        return self._places
+
+    @property
     def centroids(self) -> SidCentroids:
         """Of the items that the trie was built of. Raises ValueError when it was built without vectors."""
-        if self._vectors is None:
-            raise ValueError("trie: built without vectors, so it cannot tell where a SID lies")
-        if self._centroids is None:
-            self._centroids = SidCentroids(self._codes, self._vectors)
-        return self._centroids
+        return self._placed.centroids
 
     def directions(self, sids: npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
         """The mean direction (n, dim) of the items that carry each SID (n, levels) of the trie.
@@ -138,23 +138,15 @@ class SidTrie:
         Kept once it was asked for: users' likely SIDs are much the same, and a catalogue's are many. Raises KeyError
         for a SID that no item carries, ValueError when the trie was built without vectors.
         """
-        centroids, rows = self.centroids, self.rows(sids)
-        if self._directions is None:
-            self._directions = np.empty((self._size, centroids.dim), np.float32)
-        new = np.flatnonzero((rows < 0) | ~self._known[rows])
-        if len(new):
-            self._directions[rows[new]] = centroids.vectors_of(sids[new])
-            self._known[rows[new]] = True
-        return self._directions[rows]
+        return self._placed.of(self.rows(sids), sids)
 
     def places(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-        """Every SID (m, levels), ascending, and the mean direction (m, dim) of the items that carry it.
+        """Every SID (m, levels), ascending, and the mean direction (m, dim) of the items that carry it, not to be
+        written to.
 
         Raises ValueError when the trie was built without vectors.
         """
-        if self._sids is None:
-            self._sids = np.unique(self._codes, axis=0).astype(np.int32)
-        return self._sids, self.directions(self._sids)
+        return self._placed.every()
 
     def rows(self, sids: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
         """Row (n,) in `places` of SIDs (n, levels), -1 where no item carries one."""
@@ -174,3 +166,40 @@ class SidTrie:
             if node < 0:
                 return False
         return node >= self._leaves_from
+
+
+class _Places:
+    """Where SIDs lie, each computed when it is first asked for. One for a trie and its copies on other devices."""
+
+    def __init__(self, codes: npt.NDArray[np.integer], vectors: npt.NDArray[np.float32], size: int) -> None:
+        self._codes, self._vectors = codes, vectors
+        self._directions = np.empty((size, vectors.shape[1]), np.float32)
+        self._known = np.zeros(size + 1, bool)  # row -1, of a SID that is not there, never is
+        self._lock = threading.Lock()
+
+    @cached_property
+    def centroids(self) -> SidCentroids:
+        return SidCentroids(self._codes, self._vectors)
+
+    @cached_property
+    def sids(self) -> npt.NDArray[np.int32]:
+        return np.unique(self._codes, axis=0).astype(np.int32)
+
+    def of(self, rows: npt.NDArray[np.int64], sids: npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
+        """Directions (n, dim) of ``sids`` (n, levels), which are those of ``rows`` (n,)."""
+        with self._lock:
+            self._fill(rows, sids)
+        return self._directions[rows]
+
+    def every(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        with self._lock:
+            self._fill(np.arange(len(self._directions)), self.sids)
+        view = self._directions.view()
+        view.flags.writeable = False
+        return self.sids, view
+
+    def _fill(self, rows: npt.NDArray[np.int64], sids: npt.NDArray[np.integer]) -> None:
+        new = np.flatnonzero(~self._known[rows])
+        if len(new):
+            self._directions[rows[new]] = self.centroids.vectors_of(sids[new])
+            self._known[rows[new]] = True

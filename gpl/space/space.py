@@ -19,7 +19,6 @@ _MANIFEST = "space.json"
 _WEIGHTS = "space.safetensors"
 # Rows this much shorter than what they were subtracted from are float32 rounding, not a direction.
 _NOISE = 1e-6
-_BLOCK = 65_536
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,9 +70,9 @@ class Space:
                 raise ValueError(
                     f"dim: {dim}, expected at most {rows.shape[1]} (the vectors') and below {len(rows)} (items)"
                 )
-            centred = rows - mean
+            centred = rows.astype(np.float64) - mean
             length = np.linalg.norm(centred, axis=1, keepdims=True)
-            basis = principal_basis(centred / np.maximum(length, np.finfo(np.float32).tiny), dim)
+            basis = principal_basis(centred / np.maximum(length, np.finfo(np.float64).tiny), dim)
         identity = None if identity == encoder else identity
         return cls(encoder, mean, _version(identity or encoder, mean, basis), identity, basis)
 
@@ -138,17 +137,13 @@ class Space:
         return found
 
 
-def principal_basis(unit: npt.NDArray[np.float32], dim: int) -> npt.NDArray[np.float32]:
+def principal_basis(unit: npt.NDArray[np.float64], dim: int) -> npt.NDArray[np.float32]:
     """(d, dim) orthonormal: the directions that keep most of the squared cosines of ``unit`` (n, d), centred unit rows.
 
     They are the first eigenvectors of ``unit' unit`` (Eckart and Young 1936: no other ``dim`` directions leave the
     inner products of the rows closer to what they were).
     """
-    gram = np.zeros((unit.shape[1], unit.shape[1]))
-    for start in range(0, len(unit), _BLOCK):  # a float64 copy of a whole catalogue is gigabytes
-        block = unit[start : start + _BLOCK].astype(np.float64)
-        gram += block.T @ block
-    _, vectors = np.linalg.eigh(gram)
+    _, vectors = np.linalg.eigh(unit.T @ unit)
     return np.ascontiguousarray(vectors[:, ::-1][:, :dim], dtype=np.float32)
 
 

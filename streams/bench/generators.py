@@ -266,7 +266,7 @@ def _data(data: Path | None, settings: Settings) -> tuple[list[ItemContent], lis
     encoder = SentenceEncoder(
         space.encoder, space.cache, space.batch_size, lambda done, total: typer.echo(f"embedded {done:,} of {total:,}")
     )
-    _, vectors, _ = embed(dataset, encoder)
+    _, _, vectors = embed(dataset, encoder, space.dim)
     having = np.flatnonzero(np.abs(vectors).sum(axis=1) > 0)
     row_of = np.full(len(vectors), -1)
     row_of[having] = np.arange(len(having))

@@ -1,5 +1,7 @@
 """``HashedRows`` against a plain dict: the same whatever was put, replaced and removed, and however ids hash."""
 
+import copy
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -65,3 +67,12 @@ def test_removed_ids_do_not_make_the_table_grow() -> None:
         rows[f"item-{n}"] = n
         del rows[f"item-{n}"]
     assert len(rows._table) == 1024 and rows.of(["item-1"]).tolist() == [-1]
+
+
+def test_a_copy_has_a_table_of_its_own() -> None:
+    rows = HashedRows()
+    rows.update({f"item-{n}": n for n in range(2000)})
+    for other in (rows.copy(), copy.copy(rows), copy.deepcopy(rows)):
+        other["new"] = 5
+        assert other.of(["new", "item-7"]).tolist() == [5, 7]
+        assert rows.of(["new", "item-7"]).tolist() == [-1, 7]

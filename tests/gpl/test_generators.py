@@ -426,10 +426,15 @@ def test_anchors_near_the_history_are_the_formula(cycle_lm: SmallLM, tmp_path: P
     np.testing.assert_allclose(found.logprobs, [score[sid] - total for sid in best], atol=1e-5)
 
     none = History(sids[:0], vectors[:0])
-    (without,), (alone,) = near.generate([none], trie, 5), cycle_lm.generate([none], trie, 5)
-    np.testing.assert_array_equal(without.sids, alone.sids)
+    (without,) = near.generate([none], trie, 5)
+    (wide,) = cycle_lm.generate([none], trie, 15)
+    np.testing.assert_array_equal(without.sids, wide.sids[:5])
+    np.testing.assert_array_equal(without.logprobs, wide.logprobs[:5])
+    with pytest.raises(ValueError, match="beams: 0"):
+        near.generate([history], trie, 0)
     near.save(tmp_path)
     loaded = load_generator(tmp_path)
+    assert NearHistory(cycle_lm, 8, 3).version == NearHistory(cycle_lm, 8.0, 3).version
     others = NearHistory(cycle_lm, 2 * weight, 3), NearHistory(cycle_lm, weight, 4)
     assert loaded.version == near.version and near.version not in {other.version for other in others}
     np.testing.assert_array_equal(loaded.generate([history], trie, 5)[0].sids, found.sids)
@@ -482,8 +487,11 @@ def test_the_weight_is_the_one_that_finds_what_is_taken_next(near: bool):
     choice = choose_weight(Expecting(sids[first]), sequences, trie, 5, 24)
     assert choice.weight == (WEIGHT if near else 0.0) and choice.users == 40
     assert (choice.near > choice.alone) == near and max(choice.near, choice.alone) > 0.3
+    few = choose_weight(Expecting(sids[first]), sequences[:19], trie, 5, 24)
     nobody = choose_weight(Expecting(sids[first]), [s[:1] for s in sequences], trie, 5, 24)
-    assert nobody == (WEIGHT, 0, 0.0, 0.0)
+    assert (few.weight, few.users, nobody.weight, nobody.users) == (WEIGHT, 19, WEIGHT, 0)
+    nothing = choose_weight(Expecting(sids[:0]), sequences, trie, 5, 24)
+    assert (nothing.weight, nothing.alone) == (WEIGHT, nothing.near)
 
 
 def test_anchors_are_the_means_of_the_items_that_carry_a_sid():

@@ -75,6 +75,14 @@ def test_a_reduced_space_keeps_the_directions_that_keep_most_of_the_cosines(dim,
         np.testing.assert_array_equal(space.project(row[None])[0], vector)
 
 
+def test_the_kept_directions_do_not_hang_on_the_length_of_the_vectors():
+    raw = np.random.default_rng(2).normal(size=(40, 6)).astype(np.float32)
+    basis = Space.fit("precomputed", raw, dim=3).basis
+    for length in (1e20, 1e-20):
+        other = Space.fit("precomputed", raw * np.float32(length), dim=3).basis
+        np.testing.assert_allclose(np.abs(basis.T @ other), np.eye(3), atol=1e-3)
+
+
 def test_all_dimensions_are_no_reduction_and_too_many_are_refused():
     raw = np.random.default_rng(0).normal(size=(6, 9)).astype(np.float32)
     assert Space.fit("precomputed", raw, dim=9).version == Space.fit("precomputed", raw).version

@@ -126,8 +126,10 @@ def test_leaves_are_found_and_placed_at_the_mean_of_their_items(case):
         np.testing.assert_allclose(place, mean / np.linalg.norm(mean), atol=1e-4)
     few = np.random.default_rng(1).permutation(len(every))[: len(every) // 2]
     again = SidTrie(codes, SIZE, vectors)
+    moved = again.to("cpu")
     for wanted in (few, few[::-1], np.arange(len(every))):  # asked for in parts, and more than once
         np.testing.assert_array_equal(again.directions(every[wanted]), places[wanted])
+        np.testing.assert_array_equal(moved.directions(every[wanted]), places[wanted])
     strange = np.full((2, levels), SIZE + 3)
     strange[1] = -1
     assert trie.leaves(strange).tolist() == [-1, -1]
