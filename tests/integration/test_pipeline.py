@@ -145,7 +145,7 @@ def exposures(site: Site) -> dict[str, dict[str, bool]]:
 
 def recomputed(label: contracts.Label, anchors: UserAnchors, unit: dict[str, np.ndarray]) -> np.ndarray:
     """(n, 3) score, label and confidence of the unexposed items, in plain numpy."""
-    a = np.frombuffer(anchors.vectors, "<f4").reshape(-1, DIM).astype(np.float64)
+    a = np.frombuffer(anchors.vectors, "<f4").reshape(-1, KEPT).astype(np.float64)
     logprob = np.array(anchors.logprob)
     p = np.exp(logprob - logprob.max())
     p /= p.sum()
