@@ -138,12 +138,13 @@ def fit(
     sids = quantiser.encode(vectors)
     say(f"space of {len(items):,} items in {space.dim} dimensions")
     say(f"codes {quantiser.levels} x {quantiser.codebook_size} by {quantiser.kind}")
+    trie = SidTrie(sids, quantiser.codebook_size, vectors)
     known = [event for event in events if event.item_id in row_of]
     positives = _positives(known, row_of)
-    generator, losses, unseen = _generator(items, positives, sids, vectors, quantiser, options, seed, warnings, say)
+    generator, losses, unseen = _generator(items, positives, sids, trie, quantiser, options, seed, warnings, say)
     # A language model scores the later clicks of users that it was trained on too well.
     judged = {user: positives[user] for user in unseen}
-    fitted = _calibration(known, judged, row_of, vectors, sids, generator, quantiser, options, seed, warnings)
+    fitted = _calibration(known, judged, row_of, vectors, sids, trie, generator, options, seed, warnings)
     report: dict[str, Any] = {
         "items": len(items),
         "events": len(events),
@@ -190,7 +191,7 @@ def _generator(
     items: Sequence[ItemContent],
     positives: dict[str, _Positives],
     sids: NDArray[np.int32],
-    vectors: NDArray[np.float32],
+    trie: SidTrie,
     quantiser: Quantiser,
     options: FitOptions,
     seed: int,
@@ -207,7 +208,7 @@ def _generator(
         )
         options = replace(options, generator="history")
     sequences = [sids[positives[user].rows] for user in users]
-    generator, losses, held_out = train_generator(sequences, items, sids, vectors, quantiser, options, seed, say)
+    generator, losses, held_out = train_generator(sequences, items, sids, trie, quantiser, options, seed, say)
     return generator, losses, list(positives) if held_out is None else [users[i] for i in held_out]
 
 
@@ -215,7 +216,7 @@ def train_generator(
     sequences: Sequence[NDArray[np.int32]],
     items: Sequence[ItemContent],
     sids: NDArray[np.int32],
-    vectors: NDArray[np.float32],
+    trie: SidTrie,
     quantiser: Quantiser,
     options: FitOptions,
     seed: int,
@@ -223,9 +224,9 @@ def train_generator(
 ) -> tuple[AnchorGenerator, tuple[float, ...], list[int] | None]:
     """The generator that ``options`` name, on users' SIDs (n, levels), oldest first.
 
-    ``items`` and their ``sids`` (items, levels) tell a pre-trained model what codes are about; ``vectors`` (items, dim)
-    where SIDs lie. Answers the generator, its validation losses, and which sequences decided when to stop and how near
-    the history anchors are held (None where nothing was trained).
+    ``items`` and their ``sids`` (items, levels) tell a pre-trained model what codes are about; ``trie``, of them and
+    with vectors, where SIDs lie. Answers the generator, its validation losses, and which sequences decided when to stop
+    and how near the history anchors are held (None where nothing was trained).
     """
     if options.generator == "history":
         return HistoryClusters(options.history, exclude_seen=options.exclude_seen), (), None
@@ -253,7 +254,6 @@ def train_generator(
         model = SmallLM.train(trained, held_out, *shape, small, seed, options.device or "cpu", progress, resume)
     weight, candidates = options.history_weight, CANDIDATES[options.generator]
     if weight is None:
-        trie = SidTrie(sids, quantiser.codebook_size, vectors)
         judged = [sequence[-options.history :] for sequence in held_out]
         choice = choose_weight(model, judged, trie, options.beams, candidates)
         weight = choice.weight
@@ -276,8 +276,8 @@ def _calibration(
     row_of: dict[str, int],
     vectors: NDArray[np.float32],
     sids: NDArray[np.int32],
+    trie: SidTrie,
     generator: AnchorGenerator,
-    quantiser: Quantiser,
     options: FitOptions,
     seed: int,
     warnings: list[str],
@@ -287,7 +287,6 @@ def _calibration(
     if len(enough) > options.calibration_users:
         chosen = np.random.default_rng(seed).choice(len(enough), options.calibration_users, replace=False)
         enough = [enough[i] for i in sorted(chosen)]
-    trie = SidTrie(sids, quantiser.codebook_size, vectors)
     cut: dict[str, int] = {}
     histories: list[History] = []
     for user in enough:
@@ -313,7 +312,7 @@ def _calibration(
         if seen and len(anchors[user]):
             made = anchors[user]
             prepared = labeller.PreparedAnchors.build(
-                made.vectors, made.logprobs, made.history_factor, quantiser.levels, options.labelling
+                made.vectors, made.logprobs, made.history_factor, trie.levels, options.labelling
             )
             score, _ = labeller.score(prepared, vectors[[row_of[event.item_id] for event in seen]])
             scores += score.tolist()

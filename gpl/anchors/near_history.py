@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpl.anchors.base import GENERATOR_FILE, AnchorGenerator, Beams, History, load_generator
+from gpl.anchors.quality import Split
 from gpl.anchors.sampling import IntArray
 from gpl.codes.trie import SidTrie
 
@@ -126,17 +127,12 @@ def choose_weight(
     mean of 1 / log2(1 + rank), the best rank being 1.
     """
     sids, places = trie.places()
-    pasts, futures = [], []
-    for sequence in sequences[:_JUDGED]:
-        rows = trie.rows(sequence)
-        rows = rows[rows >= 0]
-        cut = len(rows) - max(1, round(len(rows) * _FUTURE))
-        future = np.setdiff1d(rows[cut:], rows[:cut]) if cut > 0 else rows[:0]
-        if len(future):
-            pasts.append(rows[:cut])
-            futures.append(future)
-    if not pasts:
+    taken = [trie.rows(sequence) for sequence in sequences[:_JUDGED]]
+    split = Split.of([rows[rows >= 0] for rows in taken], len(sids), _FUTURE)
+    judged = split.judged.tolist()
+    if not judged:
         return Choice(WEIGHT, 0, math.nan, math.nan)
+    pasts, futures = [split.past[user] for user in judged], [split.future[user] for user in judged]
     histories = [History(sids[past], places[past]) for past in pasts]
     wide = language_model.generate(histories, trie, beams * candidates)
     gains = np.empty((2, len(pasts)))

@@ -165,7 +165,7 @@ def anchors(
                 started = time.perf_counter()
                 chosen = replace(options, generator=name)  # type: ignore[arg-type]
                 pasts = [sids[past] for past in split.past if len(past) >= 2]
-                made, _, _ = train_generator(pasts, items, sids, vectors, quantiser, chosen, seed)
+                made, _, _ = train_generator(pasts, items, sids, trie, quantiser, chosen, seed)
                 typer.echo(f"{name}, {quantiser_kind}, seed {seed}: {time.perf_counter() - started:.0f} s")
                 # As `gpl fit` leaves it, and beside that as asked for.
                 variants: dict[str, AnchorGenerator] = {name: made}
